@@ -126,6 +126,15 @@ def score_text(objective: Objective, prompt: str, response: str, context: str) -
     return float(objective.scorer(prompt, response, context))
 
 
+def support_floor(logps: Sequence[Tensor], share: float) -> float:
+    """The `share` quantile of log pi_ref over the data's responses, (G,) each; -inf for share 0.
+
+    A preference model knows the responses of mu only. What the reference finds less likely than nearly all of them lies
+    outside their support, and its judgement there is a guess: a policy that climbs it is over-optimised.
+    """
+    return float(torch.cat(list(logps)).double().quantile(share)) if share > 0 else -math.inf
+
+
 def _sampled_row(encoder: Encoder, rows: JudgedRows, number: int, texts: list[str]) -> TokenRow:
     prompt = rows.tokens[number].prompt
     room = encoder.max_length - len(prompt)
@@ -176,6 +185,8 @@ class Alignment:
         self.behaviour: dict[int, Tensor] = {}
         self.reference: dict[int, Tensor] = {}
         self.fresh: dict[int, Fresh] = {}
+        self.floor = -math.inf  # log pi_ref below which a sample is not one that the preference model can judge
+        self.off_support = 0.0  # share of such samples at the last measurement
         self.kl = 0.0
         self.entropy: list[float] = []  # nats a response, at each measurement on samples
         self.pairs = self.tokens = 0
@@ -208,6 +219,8 @@ class Alignment:
 
     def prepare(self, start: int = 0) -> None:
         """Reference log-probs of every row to come; a checkpoint brings its own, equal to the last bit."""
+        of_data = reference_logps(self.policy, self.initial, self.heldout.tokens, self.collate)
+        self.floor = support_floor(of_data, self.onpolicy.support)
         if not start:
             self.behaviour = self._table(self.initial, self.upcoming(0, math.inf))
             self.reference = dict(self.behaviour)
@@ -265,14 +278,19 @@ class Alignment:
             self.offline.clear()
             self._follow_main()
 
-    def measure(self, step: int, prompts: int | None = None, record_only: bool = False) -> Estimate:
-        """R_k of the policy now, on held-out prompts; the multipliers move unless `record_only`."""
+    def measure(self, step: int) -> Estimate:
+        """R_k of the policy now, on held-out prompts; the multipliers move."""
         started = time.perf_counter()
-        estimate = self._heldout(prompts) if self.method.estimator == "heldout" else self._onpolicy(step, prompts)
-        self.method.observe(estimate, record_only)
+        estimate = self._estimate(step, self.onpolicy.prompts, self.onpolicy.responses)
+        self.method.observe(estimate)
         self._follow_main()
         self.timing.estimate += time.perf_counter() - started
         return estimate
+
+    def _estimate(self, step: int, prompts: int, responses: int) -> Estimate:
+        if self.method.estimator == "heldout":
+            return self._weighted(self.heldout, len(self.heldout.tokens))
+        return self._onpolicy(step, prompts, responses)
 
     def _follow_main(self) -> None:
         """Every process goes on with the main one's multipliers: float noise must not let them drift apart."""
@@ -280,28 +298,39 @@ class Alignment:
             self.method.load_state_dict(broadcast_object_list([self.method.state_dict()])[0])
 
     def final_estimate(self, step: int) -> Estimate:
-        """The run's own last word on R_k, by the method's estimator, on as much data as it has. Ends the stage."""
-        self.timing.seconds = time.perf_counter() - self.timing.started
-        if self.method.estimator != "offline":
-            return self.measure(step, len(self.heldout.tokens), record_only=True)
-        estimate = self._weighted(self.train, min(len(self.train.tokens), 2000))
+        """The run's own last word on R_k, by the method's estimator; the multipliers stay. Ends the stage.
+
+        On samples it costs as much as one measurement, spent on as many prompts as there are: one response each.
+        """
+        started = time.perf_counter()
+        if self.method.estimator == "offline":
+            estimate = self._weighted(self.train, min(len(self.train.tokens), 2000))
+        else:
+            estimate = self._estimate(step, self.onpolicy.prompts * self.onpolicy.responses, 1)
         self.method.observe(estimate, record_only=True)
+        self.timing.estimate += time.perf_counter() - started
+        self.timing.seconds = time.perf_counter() - self.timing.started
         return estimate
 
-    def _onpolicy(self, step: int, prompts: int | None) -> Estimate:
-        numbers = self._heldout_numbers(step, prompts or self.onpolicy.prompts)
+    def _onpolicy(self, step: int, prompts: int, responses: int) -> Estimate:
+        numbers = self._heldout_numbers(step, prompts)
         asked = [self.heldout.tokens[i].prompt for i in numbers]
         seed = _mix(self.seed, step, 1)
-        texts = sample(self.policy, self.encoder, asked, self.onpolicy.responses, self.sampling, seed)
+        texts = sample(self.policy, self.encoder, asked, responses, self.sampling, seed)
         tokens, rates = judge_samples(self.judge, self.encoder, self.heldout, numbers, texts, self.collate)
         now = all_logps(self.policy, tokens, self.collate)
         before = reference_logps(self.policy, self.initial, tokens, self.collate)
         self.entropy.append(-float(torch.stack([a.mean() for a in now]).mean()))
         self.kl = float(torch.stack([(a - b).mean() for a, b in zip(now, before, strict=True)]).mean())
-        return sampled_estimate(torch.stack(rates), self.method.tau, self.method.epsilon, self.method.delta)
+        return self._sampled(rates, before)
 
-    def _heldout(self, prompts: int | None) -> Estimate:
-        return self._weighted(self.heldout, prompts or len(self.heldout.tokens))
+    def _sampled(self, rates: Sequence[Tensor], reference: Sequence[Tensor]) -> Estimate:
+        """The estimate from samples on the data's support, given (M, K) win rates and (M,) log pi_ref a prompt."""
+        known = torch.stack(list(reference)) >= self.floor
+        self.off_support = 1.0 - float(known.double().mean())
+        return sampled_estimate(
+            torch.stack(list(rates)), self.method.tau, self.method.epsilon, self.method.delta, known
+        )
 
     def _weighted(self, judged: JudgedRows, count: int) -> Estimate:
         """Importance-weighted estimate from the data's responses of the first `count` rows of a split."""
@@ -328,14 +357,13 @@ class Alignment:
     def start_duals(self, responses: int = 32) -> None:
         """Multipliers from the offline dual: solve (P) on samples of the reference, judged by the preference model."""
         started = time.perf_counter()
-        numbers = self._heldout_numbers(0, max(1, self.onpolicy.prompts // 4))
+        numbers = self._heldout_numbers(0, max(1, self.onpolicy.prompts // 8))
         asked = [self.heldout.tokens[i].prompt for i in numbers]
         texts = sample(self.policy, self.encoder, asked, responses, self.sampling, _mix(self.seed, 0, 3))
-        _, rates = judge_samples(self.judge, self.encoder, self.heldout, numbers, texts, self.collate)
-        estimate = sampled_estimate(torch.stack(rates), self.method.tau, self.method.epsilon, self.method.delta)
-        self.method.observe(estimate, record_only=True)
-        p = torch.stack(rates).double().numpy()
-        uniform = np.full(p.shape[:2], -math.log(responses))
+        tokens, rates = judge_samples(self.judge, self.encoder, self.heldout, numbers, texts, self.collate)
+        before = reference_logps(self.policy, self.initial, tokens, self.collate)
+        self.method.observe(self._sampled(rates, before), record_only=True)
+        p, uniform = empirical(torch.stack(rates), torch.stack(before) >= self.floor)
         self.pool_attainable = attainable(p, uniform)[1:].tolist()
         thresholds = np.minimum(self.method.thresholds.numpy(), np.array(self.pool_attainable) - 0.02)
         solved = solve(p, uniform, self.method.tau, thresholds)
@@ -373,10 +401,15 @@ class Alignment:
             else reference_logps(self.policy, self.lagged, tokens, self.collate)
         )
         self.fresh = {
-            i: Fresh(token.responses, rate, b, r)
+            i: Fresh(token.responses, self._least_off_support(i, rate, b), b, r)
             for i, token, rate, b, r in zip(numbers, tokens, rates, behaviour, lagged, strict=True)
         }
         self.timing.fresh += time.perf_counter() - started
+
+    def _least_off_support(self, number: int, rates: Tensor, reference: Tensor) -> Tensor:
+        """(M, K) win rates of samples, those off the data's support counting as the worst of the row's responses."""
+        worst = self.train.win_rates[number].min(0).values
+        return torch.where((reference >= self.floor)[:, None], rates, worst)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -405,6 +438,7 @@ class Alignment:
             "step": step,
             "method": self.method.state_dict(),
             "kl": self.kl,
+            "off_support": self.off_support,
             "refreshes": self.refreshes,
             "attainable": self.pool_attainable,
             "entropy": self.entropy,
@@ -421,7 +455,7 @@ class Alignment:
         self.behaviour, self.reference = (_unpacked_table(extra[name]) for name in ("behaviour", "reference"))
         self.method.load_state_dict(record["method"])
         self.kl, self.refreshes, self.pool_attainable = record["kl"], record["refreshes"], record["attainable"]
-        self.entropy = record["entropy"]
+        self.entropy, self.off_support = record["entropy"], record["off_support"]
         return record["step"]
 
 
@@ -447,6 +481,13 @@ def _unpacked_table(packed: dict[str, Any]) -> dict[int, Tensor]:
 def latest_checkpoint(directory: Path) -> Path | None:
     found = sorted(directory.glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
     return found[-1] if found else None
+
+
+def empirical(rates: Tensor, known: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Win rates (N, M, K) and the log of the uniform distribution on the known of M samples; all where none is."""
+    known = known | ~known.any(1, keepdim=True)
+    uniform = torch.where(known, -known.sum(1, keepdim=True).double().log(), -math.inf)
+    return rates.double().numpy(), uniform.numpy()
 
 
 def _fresh_state(fresh: Fresh) -> dict[str, object]:

@@ -117,6 +117,7 @@ class OnPolicyConfig:
     responses: int = 4
     train_prompts: int = 400  # training prompts that get fresh responses at each measurement
     train_responses: int = 2
+    support: float = 0.005  # samples less likely under pi_ref than all but this share of the data are not judged
 
 
 @dataclass

@@ -17,6 +17,7 @@ AGGRESSIVE = 5.0  # a multiplier above this weighs its constraint far more than 
 IDLE = 1e-3  # a multiplier below this does nothing
 LAG = 0.1  # of b_j behind R_j
 SURRENDER = 0.02  # that the schedule took off b_j
+ASTRAY = 0.1  # share of samples that the data never show
 CHANCE = 0.55  # accuracy of a preference model that hardly beats a coin
 
 
@@ -37,6 +38,7 @@ class RunFacts:
     estimator: str
     kl: float
     entropy: Sequence[float]  # one entry a measurement
+    off_support: float  # share of the last measurement's samples that lie outside the data's support
     attainable: Sequence[float]  # empty where it is not known
     infeasible: Sequence[str]
     estimated: Mapping[str, float]
@@ -64,6 +66,7 @@ def warnings(facts: RunFacts) -> list[str]:
         _missed,
         _no_movement,
         _collapse,
+        _astray,
         _small_sample,
         _never_refreshed,
         _schedule_astray,
@@ -130,6 +133,16 @@ def _collapse(facts: RunFacts) -> list[str]:
     pressed = [name for name, dual in zip(facts.secondaries, last, strict=False) if dual > AGGRESSIVE]
     cause = f"the threshold of {', '.join(pressed)} is too aggressive" if pressed else f"tau={facts.tau:g} is too small"
     return [f"entropy collapse: {facts.entropy[0]:.2f} to {facts.entropy[-1]:.2f} nats a response; {cause}"]
+
+
+def _astray(facts: RunFacts) -> list[str]:
+    if facts.off_support <= ASTRAY:
+        return []
+    return [
+        f"{facts.off_support:.0%} of the policy's samples are less likely under the reference than nearly all of the "
+        f"data's responses; nobody has judged such text, so they are left out of the estimates: train the reference "
+        f"longer (sft.steps), or raise tau={facts.tau:g}"
+    ]
 
 
 def _small_sample(facts: RunFacts) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
+from rich.table import Table
 from scipy.special import logsumexp
 from torch import nn
 
@@ -20,16 +21,19 @@ from mopo_cli import config as configs
 from mopo_cli import oracle
 from mopo_cli.alignment import JudgedRows, computed_rates, judge_samples
 from mopo_cli.config import EvaluationConfig, SamplingConfig
-from mopo_cli.console import say, stage
+from mopo_cli.console import say, show, stage
 from mopo_cli.data.assistant import World
-from mopo_cli.data.prepare import as_text, load
+from mopo_cli.data.prepare import as_text
 from mopo_cli.data.tokens import Collator, Encoder
 from mopo_cli.errors import UserError
+from mopo_cli.inputs import Inputs, judged_test, prepare_inputs
 from mopo_cli.models.logprobs import all_logps
-from mopo_cli.models.preference import PreferenceModel
-from mopo_cli.models.reference import Snapshot, reference_logps
+from mopo_cli.models.preference import PreferenceModel, load_preference_model
+from mopo_cli.models.reference import Snapshot, reference_logps, snapshot
 from mopo_cli.models.sampling import sample
+from mopo_cli.models.save import load_weights
 from mopo_cli.runs import RunDirectory, write_atomic, write_json
+from mopo_cli.session import quiet_libraries
 from mopo_cli.types import Example, Objective, PreferenceData
 
 
@@ -233,6 +237,31 @@ def write_samples(run: RunDirectory, samples: Sequence[Sample]) -> None:
     write_atomic(run.samples, "".join(json.dumps(asdict(s), ensure_ascii=False) + "\n" for s in samples))
 
 
+def show_results(evaluation: Evaluation, exact: Exact | None, run: RunDirectory) -> None:
+    """The final table and where everything is."""
+    table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for column in ("objective", "role", "threshold", "win rate", "satisfied"):
+        table.add_column(column, justify="left" if column in ("objective", "role") else "right", no_wrap=True)
+    if exact:
+        for column in ("exact", "optimum"):
+            table.add_column(column, justify="right", no_wrap=True)
+    for name, r in evaluation.objectives.items():
+        verdict = "" if r.satisfied is None else "[green]yes[/]" if r.satisfied else "[red]no[/]"
+        half = (r.win_rate_ci95[1] - r.win_rate_ci95[0]) / 2
+        asked = "" if r.threshold is None else f"{r.threshold:.3f}"
+        row = [name, r.role, asked, f"{r.win_rate:.3f} ± {half:.3f}", verdict]
+        table.add_row(*row, *([f"{exact.win_rate[name]:.3f}", f"{exact.optimum[name]:.3f}"] if exact else []))
+    say("")
+    show(table)
+    kl = f"KL to the reference {evaluation.kl:.3f} nats"
+    say(kl + (f" (exact {exact.kl:.3f}, optimum {exact.optimum_kl:.3f})\n" if exact else "\n"))
+    say(f"run directory  {run.path}")
+    say(f"summary        {run.summary}")
+    say(f"model          {run.model}")
+    for path in sorted(run.figures.glob("*.png")):
+        say(f"figure         {path}")
+
+
 # --------------------------------------------------------------------------------------------- mopo eval
 
 
@@ -252,12 +281,10 @@ def command(composed: DictConfig) -> int:
         raise UserError(f"run={run.path}: no finished run there (it has no summary.json and model/)")
     summary = run.results()
     trained = configs.typed(OmegaConf.create(run.settings()), configs.TrainConfig)
-    from mopo_cli.train import load_run, show_results
-
-    with stage("loading", 1) as progress:
-        data = load(trained.dataset, trained.objectives)
-        models, test = load_run(run, trained, data)
-        progress.advance(1)
+    quiet_libraries()
+    inputs = prepare_inputs(trained, run)
+    data = inputs.data
+    models, test = load_run(run, inputs)
     thresholds = {name: o["threshold"] for name, o in summary["objectives"].items() if o["threshold"] is not None}
     estimated = {name: o["estimated_win_rate"] for name, o in summary["objectives"].items()}
     started = time.perf_counter()
@@ -282,3 +309,13 @@ def command(composed: DictConfig) -> int:
     show_results(result, exact, run)
     say(f"evaluation     {run.path / 'evaluation.json'}")
     return 0
+
+
+def load_run(run: RunDirectory, inputs: Inputs) -> tuple[Models, JudgedRows]:
+    """The models of a finished run and its judged test rows."""
+    judge, _ = load_preference_model(run.preference_model, inputs.policy)
+    if run.reference.is_dir():
+        load_weights(inputs.policy, run.reference)
+    initial = snapshot(inputs.policy)
+    load_weights(inputs.policy, run.model)
+    return Models(inputs.policy, initial, inputs.encoder, inputs.collate, judge), judged_test(judge, inputs)

@@ -14,7 +14,7 @@ from mopo_cli.config import PreferenceModelConfig, SftConfig
 from mopo_cli.console import Stage
 from mopo_cli.data.tokens import Collator, TokenRow, batch_rows
 from mopo_cli.models.logprobs import budget_batches, gather_slots, sequence_logps
-from mopo_cli.models.preference import PairBatch, PreferenceModel, accuracy, calibrate, preference_loss
+from mopo_cli.models.preference import PairBatch, PreferenceModel, accuracy, preference_loss
 from mopo_cli.trainer import Progressed, Trainer
 from mopo_cli.types import Example
 
@@ -91,7 +91,7 @@ def fit_preference_model(
     seed: int,
     stage: Stage,
 ) -> list[float]:
-    """Train on the labelled pairs, keep the weights with the best held-out cross-entropy, calibrate on held-out pairs.
+    """Train on the labelled pairs, keep the weights with the best held-out cross-entropy.
 
     Returns the held-out accuracy of each objective, over labels that are not ties.
     """
@@ -122,7 +122,6 @@ def fit_preference_model(
     accelerator.free_memory()
     model.load_state_dict(best[1])
     logits, labels = heldout_logits(model, *heldout, collate)
-    model.scale.copy_(calibrate(logits, labels).to(model.scale.device))
     model.eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
 import shlex
+import signal
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # before transformers is imported
+
+import transformers
 from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
 
@@ -20,6 +27,22 @@ from mopo_cli.processes import agree
 from mopo_cli.runs import RunDirectory, check_same_settings, claim, open_run, read_json, write_atomic, write_json
 from mopo_cli.tracking import Tracker
 from mopo_cli.types import PreferenceData
+
+
+def quiet_libraries() -> None:
+    """Their progress bars and notices would bury ours; errors still come through."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("datasets", "accelerate", "huggingface_hub", "wandb"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    if hasattr(signal, "SIGTERM"):
+        signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def settings_of(composed: DictConfig) -> dict[str, Any]:

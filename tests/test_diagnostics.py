@@ -33,6 +33,7 @@ HEALTHY = RunFacts(
     estimator="onpolicy",
     kl=0.4,
     entropy=[8.0, 7.0],
+    off_support=0.02,
     attainable=[0.8, 0.7],
     infeasible=(),
     estimated={"helpful": 0.7, "harmless": 0.56, "concise": 0.52},
@@ -56,6 +57,12 @@ def only(**changes: Any) -> str:
 class TestSigns:
     def test_a_healthy_run_shows_none(self):
         assert told() == []
+
+    def test_a_policy_that_leaves_the_data_s_support(self):
+        message = only(off_support=0.25)
+        assert message.startswith("25% of the policy's samples")
+        assert "sft.steps" in message
+        assert "tau=0.08" in message
 
     def test_a_multiplier_at_its_bound_is_infeasible_and_tells_what_is_attainable(self):
         text = only(infeasible=("harmless",), thresholds=[0.95, 0.51])

@@ -493,6 +493,22 @@ def test_sampled_estimate_by_hand():
     assert sampled_estimate(rates[:, :1], 0.1, 0.05, 0.1).sensitivity is None
 
 
+def test_samples_off_the_support_are_left_out_of_the_estimate():
+    rates = f64([[[0.5, 0.2], [0.7, 0.4]], [[0.9, 0.9], [0.3, 0.5]], [[0.1, 0.0], [0.2, 0.0]]])
+    known = torch.tensor([[True, True], [False, True], [False, False]])
+    found = sampled_estimate(rates, 0.1, 0.05, 0.1, known)
+    torch.testing.assert_close(found.win_rates, f64(0.45, 0.4))  # of the prompts' means (0.6, 0.3) and (0.3, 0.5)
+    torch.testing.assert_close(found.lower[0], lower_bound(f64(0.3, 0.5), 0.05)[0])
+    assert found.n_eff == 2.0
+    assert found.sensitivity is not None  # one prompt with two samples: variance 0.02
+    torch.testing.assert_close(found.sensitivity, f64([[0.02]]) / 0.1)
+    whole = sampled_estimate(rates, 0.1, 0.05, 0.1)
+    for everything in (torch.ones_like(known), torch.zeros_like(known)):  # nothing known: better all than none
+        torch.testing.assert_close(sampled_estimate(rates, 0.1, 0.05, 0.1, everything).win_rates, whole.win_rates)
+    alone = torch.tensor([[True, False], [False, True], [False, False]])
+    assert sampled_estimate(rates, 0.1, 0.05, 0.1, alone).sensitivity is None
+
+
 def test_the_sensitivity_is_the_derivative_of_the_win_rates():
     # of pi_lambda proportional to mu exp((p_0 + lambda p_1) / tau), enumerated through equal weights on samples
     p, tau = draw(5, 1, 6, 2), 0.3

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -13,11 +12,11 @@ from mopo_cli.config import ModelConfig, ObjectiveConfig, OptimiserConfig, Prefe
 from mopo_cli.console import Stage
 from mopo_cli.data.prepare import load
 from mopo_cli.data.tokens import Collator, Encoder
+from mopo_cli.inputs import texts_of
 from mopo_cli.models.load import load_policy, load_tokenizer
 from mopo_cli.models.preference import (
     accuracy,
     build_preference_model,
-    calibrate,
     features_of,
     load_preference_model,
     preference_loss,
@@ -25,7 +24,6 @@ from mopo_cli.models.preference import (
     win_probabilities,
 )
 from mopo_cli.pretrain import fit_preference_model, pair_batch
-from mopo_cli.train import texts_of
 
 TINY = ModelConfig(
     init="random",
@@ -93,18 +91,6 @@ def test_accuracy_counts_decided_labels_only():
     assert accuracy(logits, labels) == [0.5]
 
 
-def test_calibration_finds_the_scale_that_made_the_labels():
-    rng = np.random.default_rng(0)
-    true = rng.normal(size=20_000)
-    labels = torch.tensor((rng.random(20_000) < 1 / (1 + np.exp(-true))).astype(np.float32))[:, None]
-    overconfident = torch.tensor(3.0 * true, dtype=torch.float32)[:, None]
-    assert calibrate(overconfident, labels).item() == pytest.approx(1 / 3, rel=0.05)
-
-
-def test_calibration_leaves_an_objective_with_few_labels_alone():
-    assert calibrate(torch.ones(5, 1), torch.ones(5, 1)).tolist() == [1.0]
-
-
 def fit(world, form: str):
     data, policy, rows, collate, _ = world
     model = build_preference_model(policy, 2, form, 2, seed=0)
@@ -134,7 +120,6 @@ def test_only_the_general_form_learns_a_cycle(world):
 def test_saved_and_loaded_it_says_the_same(world, tmp_path):
     _, policy, rows, collate, _ = world
     model = build_preference_model(policy, 2, "general", 3, seed=4)
-    model.scale.copy_(torch.tensor([0.5, 2.0]))
     save_preference_model(model, tmp_path / "judge", ("helpful", "tone"), [0.7, 0.6])
     loaded, measured = load_preference_model(tmp_path / "judge", policy)
     assert measured == [0.7, 0.6]

@@ -237,20 +237,27 @@ def _lower_bound_of_ratio(win_rates: Tensor, weights: Tensor, epsilon: float) ->
     return lower_bound((mean + weights[:, None] * (win_rates - mean)).T, epsilon)
 
 
-def sampled_estimate(win_rates: Tensor, tau: float, epsilon: float | str, delta: float) -> Estimate:
+def sampled_estimate(
+    win_rates: Tensor, tau: float, epsilon: float | str, delta: float, known: Tensor | None = None
+) -> Estimate:
     """R_k from win rates (N, M, K) of M samples of the policy for each of N prompts.
 
-    Prompts are the independent units: n_eff = N and the bound is over their means. With M > 1 the within-prompt
-    covariance gives the dual's Hessian.
+    Samples outside `known` (N, M) are left out, and prompts without any other; where nothing is left, all count.
+    Prompts are the independent units: n_eff is their number and the bound is over their means. With several samples a
+    prompt the within-prompt covariance gives the dual's Hessian.
     """
-    win_rates = win_rates.double()
-    means = win_rates.mean(1)
+    if known is None or not bool(known.any()):
+        known = torch.ones(win_rates.shape[:2], dtype=torch.bool)
+    some = known.any(1)
+    weights = known[some].double()[..., None]
+    win_rates = win_rates[some].double()
+    means = (weights * win_rates).sum(1) / weights.sum(1)
     radius = resolve_epsilon(epsilon, len(means), delta)
     lower, chi = lower_bound(means[:, 1:].T, radius)
     sensitivity = None
-    if win_rates.shape[1] > 1:
-        centred = (win_rates - means[:, None])[:, :, 1:]
-        sensitivity = torch.einsum("nmj,nml->jl", centred, centred) / (len(means) * (win_rates.shape[1] - 1) * tau)
+    if (spare := float((weights.sum(1) - 1).sum())) > 0:
+        centred = (weights * (win_rates - means[:, None]))[:, :, 1:]
+        sensitivity = torch.einsum("nmj,nml->jl", centred, centred) / (spare * tau)
     return Estimate(means.mean(0), lower, chi, radius, float(len(means)), sensitivity)
 
 

@@ -195,7 +195,7 @@ def _examples(world: World, prompts: list[Prompt], rows: int, responses: int, se
         yield Example(prompt.text, tuple(texts), pairs, tuple(labels), source=f"assistant:{row + 1}")
 
 
-def assistant(rows: int = 6000, responses: int = 4, cyclic: bool = False, data_seed: int = 0) -> Corpus:
+def assistant(rows: int = 12000, responses: int = 4, cyclic: bool = False, data_seed: int = 0) -> Corpus:
     """The embedded world as a corpus.
 
     `rows` training rows of `responses` responses each, drawn from mu; every pair gets one sampled 0/1 label per

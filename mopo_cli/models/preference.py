@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from mopo_cli.data.tokens import Collator, TokenBatch, TokenRow
@@ -34,15 +33,12 @@ class PairBatch:
 class PreferenceModel(nn.Module):
     """A transformer and a linear head; `forward` gives (N, K, 1 + 2 rank) features of each response."""
 
-    scale: Tensor  # (K,)
-
     def __init__(self, backbone: nn.Module, hidden_size: int, objectives: int, form: str, rank: int):
         super().__init__()
         self.backbone, self.objectives, self.form = backbone, objectives, form
         self.rank = rank if form == "general" else 0
         self.head = nn.Linear(hidden_size, objectives * (1 + 2 * self.rank), bias=False)
         nn.init.normal_(self.head.weight, std=hidden_size**-0.5 * 0.1 if self.rank == 0 else hidden_size**-0.5)
-        self.register_buffer("scale", torch.ones(objectives))  # set on held-out pairs by `calibrate`
 
     def forward(self, batch: TokenBatch) -> Tensor:
         final = hidden_states(self.backbone, batch, batch.last)  # the response's end-of-sequence token
@@ -54,7 +50,7 @@ class PreferenceModel(nn.Module):
         if self.rank:
             v, w = first[..., 1:].unflatten(-1, (2, self.rank)), second[..., 1:].unflatten(-1, (2, self.rank))
             value = value + (v[..., 0, :] * w[..., 1, :] - v[..., 1, :] * w[..., 0, :]).sum(-1)
-        return value * self.scale
+        return value
 
     def pair_logits(self, batch: PairBatch) -> Tensor:
         """(P, K)"""
@@ -90,27 +86,6 @@ def accuracy(logits: Tensor, labels: Tensor) -> list[float]:
     return (right.sum(0) / decided.sum(0)).tolist()
 
 
-def calibrate(logits: Tensor, labels: Tensor) -> Tensor:
-    """(K,) factor on each objective's logits that minimises the held-out cross-entropy (temperature scaling).
-
-    Guo et al. 2017, arXiv 1706.04599. An over-confident model would overstate every win rate away from 1/2.
-    """
-    factors = []
-    for k in range(logits.shape[1]):
-        known = ~torch.isnan(labels[:, k])
-        z, y = logits[known, k].double(), labels[known, k].double()
-        if len(z) < 20:
-            factors.append(1.0)
-            continue
-
-        def cost(log_factor: float, z: Tensor = z, y: Tensor = y) -> float:
-            scaled = z * float(torch.tensor(log_factor).exp())
-            return float(nn.functional.binary_cross_entropy_with_logits(scaled, y))
-
-        factors.append(float(torch.tensor(minimize_scalar(cost, bounds=(-3.0, 1.0), method="bounded").x).exp()))  # type: ignore[union-attr]
-    return torch.tensor(factors)
-
-
 @torch.no_grad()
 def features_of(
     model: PreferenceModel, rows: Sequence[TokenRow], collate: Collator, token_budget: int = 8192
@@ -133,12 +108,7 @@ def features_of(
 @torch.no_grad()
 def win_probabilities(model: PreferenceModel, first: Tensor, second: Tensor) -> Tensor:
     """(n, m, K) P_k(first over second) for features (n, K, D) and (m, K, D)."""
-    scale = model.scale.cpu()
-    model_scale, model.scale = model.scale, scale
-    try:
-        return torch.sigmoid(model.logits(first[:, None], second[None, :]))
-    finally:
-        model.scale = model_scale
+    return torch.sigmoid(model.logits(first[:, None], second[None, :]))
 
 
 def save_preference_model(

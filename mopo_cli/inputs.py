@@ -1,0 +1,103 @@
+"""What a run works on: data, encoded rows, an untrained policy and the method, checked before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from mopo_cli.algorithms.mopo import Mopo
+from mopo_cli.alignment import JudgedRows, judge_rows
+from mopo_cli.config import TrainConfig
+from mopo_cli.console import say, stage, warn
+from mopo_cli.data.prepare import as_text, build, load
+from mopo_cli.data.tokens import Collator, Encoder, TokenRow
+from mopo_cli.errors import UserError
+from mopo_cli.models.load import load_policy, load_tokenizer
+from mopo_cli.models.logprobs import can_pack
+from mopo_cli.models.preference import PreferenceModel
+from mopo_cli.runs import RunDirectory
+from mopo_cli.types import Example, PreferenceData
+
+
+@dataclass
+class Inputs:
+    """Data and untrained models, checked before anything is written."""
+
+    data: PreferenceData
+    tokenizer: PreTrainedTokenizerBase
+    encoder: Encoder
+    policy: nn.Module
+    collate: Collator
+    tokens: dict[str, list[TokenRow]]
+    examples: dict[str, list[Example]]
+    method: Mopo
+
+
+def prepare_inputs(config: TrainConfig, run: RunDirectory | None = None) -> Inputs:
+    """Data and an untrained policy; with the tokenizer of a finished run, where there is one, else a new one."""
+    with stage("data and model", 1) as progress:
+        data = load(config.dataset, config.objectives)
+        if run is None:
+            tokenizer = load_tokenizer(config.model, texts_of(data.train))
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(run.model)
+        policy = load_policy(config.model, tokenizer, config.seed)
+        encoder = Encoder(tokenizer, config.model.max_length, config.model.chat_template)
+        encoded = {
+            name: encoder.rows(getattr(data, name), str(config.dataset.get("overlong") or "error"))
+            for name in ("train", "heldout", "test")
+        }
+        method = build_method(config, data.names, data.thresholds)
+        progress.advance(1)
+    for name, (rows, _) in encoded.items():
+        if not rows:
+            raise UserError(
+                f"no {name} row fits the context of {config.model.max_length} tokens; raise model.max_length"
+            )
+    if config.model.init == "pretrained" and not config.model.lora.r and config.optimiser.learning_rate > 1e-4:
+        warn(
+            f"optimiser.learning_rate={config.optimiser.learning_rate:g} suits a small model from scratch; full "
+            "fine-tuning of a pretrained one wants about 1e-5: use hparams=pretrained"
+        )
+    packed = can_pack(policy, config.model.max_length)
+    if not packed:
+        name = config.model.name or config.model.path
+        say(f"{name}: its attention takes no packed mask; each response is encoded behind a prompt of its own")
+    return Inputs(
+        data,
+        tokenizer,
+        encoder,
+        policy,
+        Collator(int(tokenizer.pad_token_id), packed),  # type: ignore[arg-type]
+        {name: rows for name, (rows, _) in encoded.items()},
+        {name: examples for name, (_, examples) in encoded.items()},
+        method,
+    )
+
+
+def texts_of(examples: Sequence[Example]) -> list[str]:
+    """What a tokenizer trained on the data sees: prompts as they are rendered, and responses."""
+    texts = [as_text(example.prompt) + "\n" for example in examples]
+    return texts + [as_text(response) for example in examples for response in example.responses]
+
+
+def build_method(config: TrainConfig, names: tuple[str, ...], thresholds: tuple[float | None, ...]) -> Mopo:
+    return build(
+        {**config.algorithm, "_partial_": False},
+        "algorithm",
+        names=names,
+        thresholds=thresholds,
+        tau=config.tau,
+        beta=config.beta,
+        epsilon=config.epsilon,
+        t0=config.t0,
+    )
+
+
+def judged_test(judge: PreferenceModel, inputs: Inputs) -> JudgedRows:
+    """The test rows with what the preference model says of them."""
+    rows = inputs.examples["test"], inputs.tokens["test"]
+    return judge_rows(judge, inputs.data.objectives, *rows, inputs.collate, "smoothed")

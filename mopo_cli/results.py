@@ -1,0 +1,238 @@
+"""What a run ends with: evaluation, warnings, summary.json, the model card, figures and the final table."""
+
+from __future__ import annotations
+
+import math
+import platform
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from mopo_cli import __version__, diagnostics
+from mopo_cli.algorithms.mopo import Estimate
+from mopo_cli.alignment import Alignment
+from mopo_cli.config import TrainConfig
+from mopo_cli.console import say, stage, warn
+from mopo_cli.evaluate import (
+    Evaluation,
+    Exact,
+    Models,
+    evaluate_samples,
+    exact_evaluation,
+    settle,
+    show_results,
+    write_samples,
+)
+from mopo_cli.inputs import Inputs, judged_test
+from mopo_cli.models.save import save_model
+from mopo_cli.runs import RunDirectory, write_json
+from mopo_cli.tracking import Tracker
+from mopo_cli.types import PreferenceData
+
+
+@dataclass
+class Outcome:
+    """What a run ended with."""
+
+    state: str
+    summary: dict[str, Any] | None = None  # what is written is known to the main process only
+    evaluation: Evaluation | None = None
+    oracle: Exact | None = None
+
+
+def finish(
+    config: TrainConfig,
+    inputs: Inputs,
+    models: Models,
+    alignment: Alignment,
+    estimate: Estimate,
+    accuracy: list[float],
+    run: RunDirectory,
+    tracker: Tracker,
+    started: float,
+) -> Outcome:
+    """Save the model, evaluate, write summary.json last, and show the result."""
+    method, names = inputs.method, inputs.data.names
+    save_model(alignment.policy, inputs.tokenizer, run.model)
+    thresholds = dict(zip(names[1:], method.state.thresholds, strict=True))
+    estimated = dict(zip(names, estimate.win_rates.tolist(), strict=True))
+    with stage("evaluation", 2) as progress:
+        test = judged_test(models.judge, inputs)
+        evaluation = evaluate_samples(
+            models, inputs.data, test, thresholds, estimated, config.evaluation, config.sampling, config.seed
+        )
+        progress.advance(1)
+        exact = exact_evaluation(models, inputs.data, thresholds, config.tau, config.evaluation.exact_prompts)
+        evaluation = settle(evaluation, exact)
+        progress.advance(2)
+    signs = diagnostics.warnings(facts(config, inputs, alignment, evaluation, exact, estimated, accuracy, tracker))
+    state = "infeasible" if method.infeasible else "done"
+    summary = summarise(config, inputs, alignment, evaluation, exact, accuracy, signs, state)
+    summary["train"]["wall_seconds"] = time.perf_counter() - started
+    write_samples(run, evaluation.samples)
+    figures = draw(tracker.history, evaluation, exact, run)
+    write_card(run, config, evaluation, exact, inputs.data)
+    publish(tracker, evaluation, figures, signs, summary)
+    write_json(run.summary, summary)
+    run.set_state(state, step=alignment.steps_done)
+    sync = tracker.finish()
+    for text in signs:
+        warn(text) if not text.startswith("note") else say(text)
+    show_results(evaluation, exact, run)
+    if sync:
+        say(f"upload to Weights & Biases: {sync}")
+    return Outcome(state, summary, evaluation, exact)
+
+
+def facts(
+    config: TrainConfig,
+    inputs: Inputs,
+    alignment: Alignment,
+    evaluation: Evaluation,
+    exact: Exact | None,
+    estimated: dict[str, float],
+    accuracy: list[float],
+    tracker: Tracker,
+) -> diagnostics.RunFacts:
+    method, names = inputs.method, inputs.data.names
+    results = evaluation.objectives
+    return diagnostics.RunFacts(
+        objectives=inputs.data.objectives,
+        tau=config.tau,
+        beta=config.beta,
+        t0=config.t0,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        prompts=min(config.onpolicy.prompts, len(inputs.examples["heldout"])),
+        duals=[[line[f"dual/{name}"] for name in names[1:]] for line in tracker.history],
+        thresholds=method.state.thresholds,
+        n_eff=[line["n_eff"] for line in tracker.history],
+        estimator=method.estimator,
+        kl=evaluation.kl,
+        entropy=alignment.entropy,
+        off_support=alignment.off_support,
+        attainable=list(exact.attainable.values()) if exact else alignment.pool_attainable,
+        infeasible=method.infeasible,
+        estimated=estimated,
+        evaluated={name: result.win_rate for name, result in results.items()},
+        noise={name: (r.win_rate_ci95[1] - r.win_rate_ci95[0]) / 2 for name, r in results.items()},
+        heldout_accuracy=dict(zip(names, accuracy, strict=True)),
+    )
+
+
+def summarise(
+    config: TrainConfig,
+    inputs: Inputs,
+    alignment: Alignment,
+    evaluation: Evaluation,
+    exact: Exact | None,
+    accuracy: list[float],
+    signs: list[str],
+    state: str,
+) -> dict[str, Any]:
+    """summary.json but for its wall-clock time."""
+    names = inputs.data.names
+    seconds = (alignment.timing.seconds or math.inf) / alignment.accelerator.num_processes
+    return {
+        "state": state,
+        "objectives": {name: asdict(result) for name, result in evaluation.objectives.items()},
+        "kl": evaluation.kl,
+        "off_support": alignment.off_support,
+        "duals": dict(zip(names[1:], inputs.method.state.duals, strict=True)),
+        "oracle": asdict(exact) if exact else None,
+        "train": {
+            "steps": alignment.steps_done,
+            "pairs_per_second": alignment.pairs / seconds,
+            "tokens_per_second": alignment.tokens / seconds,
+            "peak_memory_mb": peak_memory_mb(),
+            "alignment_seconds": alignment.timing.seconds,
+            "estimate_seconds": alignment.timing.estimate,
+            "fresh_seconds": alignment.timing.fresh,
+        },
+        "heldout_accuracy": dict(zip(names, accuracy, strict=True)),
+        "warnings": signs,
+        "versions": {
+            "mopo": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "seed": config.seed,
+        "command": " ".join(["mopo", *sys.argv[1:]]),
+    }
+
+
+def peak_memory_mb() -> float:
+    """Peak of the accelerator's memory where there is one, else resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def draw(
+    history: Sequence[dict[str, Any]], evaluation: Evaluation, exact: Exact | None, run: RunDirectory
+) -> list[Path]:
+    from mopo_cli.figures import Point, draw_run
+
+    points = [
+        Point(
+            name,
+            result.role,
+            result.threshold,
+            result.win_rate,
+            *result.win_rate_ci95,
+            exact=exact.win_rate[name] if exact else None,
+            optimum=exact.optimum[name] if exact else None,
+        )
+        for name, result in evaluation.objectives.items()
+    ]
+    return draw_run(history, points, run.figures)
+
+
+def publish(
+    tracker: Tracker, evaluation: Evaluation, figures: Sequence[Path], signs: Sequence[str], summary: dict[str, Any]
+) -> None:
+    names = list(evaluation.objectives)
+    rows = [[s.prompt, s.response, *(s.scores[name] for name in names)] for s in evaluation.samples[:100]]
+    tracker.table("samples", ["prompt", "response", *names], rows)
+    tracker.figures(figures)
+    for text in signs:
+        if not text.startswith("note"):
+            tracker.alert(text)
+    tracker.summarise(summary)
+
+
+def write_card(
+    run: RunDirectory, config: TrainConfig, evaluation: Evaluation, exact: Exact | None, data: PreferenceData
+) -> None:
+    """The model card beside the weights: objectives, thresholds, measured win rates, where the labels come from."""
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [mopo, preference-optimization]",
+        "---",
+        "",
+        f"# {config.run.name}",
+        "",
+        f"Aligned from `{config.model.path or config.model.name}` with mopo {__version__} "
+        f"(tau {config.tau:g}, {config.steps} steps, seed {config.seed}).",
+        "",
+        "| objective | role | threshold | win rate | 95 % CI | judged by |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, r in evaluation.objectives.items():
+        asked = "" if r.threshold is None else f"{r.threshold:.3f}"
+        low, high = r.win_rate_ci95
+        lines.append(f"| {name} | {r.role} | {asked} | {r.win_rate:.3f} | {low:.3f} to {high:.3f} | {r.judge} |")
+    lines += ["", f"KL to the reference: {evaluation.kl:.3f} nats a response.", "", "## Labels", ""]
+    lines += [f"- {key}: {value}" for key, value in data.provenance.items()]
+    lines += ["", "## Reproduce", "", "    " + " ".join(["mopo", *sys.argv[1:]]), ""]
+    (run.model / "README.md").write_text("\n".join(lines), encoding="utf-8")
