@@ -39,6 +39,11 @@ COMMANDS = {
         "what is in a data set: labels, ties, lengths, agreement of objectives",
         "mopo data dataset=pairs dataset.path=my.jsonl dataset.chosen_means=human objectives=human_concise",
     ),
+    "synthetic": Command(
+        "mopo_cli.synthetic",
+        "the method on small tables of preferences whose exact answers are known",
+        "mopo synthetic tau=0.05 objectives=[2]",
+    ),
 }
 
 USAGE = """\
@@ -59,7 +64,7 @@ common keys: tau= beta= epsilon= t0= steps= batch_size= seed= run.dir= run.name=
 
 
 def usage() -> str:
-    blocks = [f"  {name:<6} {c.summary}\n         $ {c.example}\n" for name, c in COMMANDS.items()]
+    blocks = [f"  {name:<10} {c.summary}\n             $ {c.example}\n" for name, c in COMMANDS.items()]
     return USAGE.format(version=__version__, commands="\n".join(blocks))
 
 

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mopo_cli.errors import UserError
 
-GROUPS = ("dataset", "model", "objectives", "algorithm", "hparams", "logger")
+GROUPS = ("dataset", "model", "objectives", "algorithm", "hparams", "logger", "structures")
 
 
 @dataclass
@@ -190,6 +190,39 @@ class EvalConfig:
 
 
 @dataclass
+class RecipeConfig:
+    """One way to run the method."""
+
+    extraction: str = "regression"
+    multipliers: str = "lagrangian"
+    estimator: str = "onpolicy"
+
+
+@dataclass
+class SyntheticConfig:
+    """What `mopo synthetic` runs on: every structure and K by every combination of the lists."""
+
+    structures: dict[str, Any] = field(default_factory=dict)
+    objectives: list[int] = field(default_factory=lambda: [2, 3])
+    tau: float = 0.08
+    betas: list[float] = field(default_factory=list)
+    t0: int = 25
+    thresholds: list[float] | None = None
+    preferences: list[str] = field(default_factory=list)
+    pairs: int = 20000
+    recipes: list[RecipeConfig] = field(default_factory=list)
+    sigma: float = 0.002
+    dual_rate: float = 0.5
+    steps: int = 200
+    every: int = 20
+    learning_rate: float = 0.1
+    seed: int = 0
+    processes: int | None = None
+    run: RunConfig = field(default_factory=RunConfig)
+    debug: bool = False
+
+
+@dataclass
 class SweepConfig:
     """What `mopo sweep` adds to a train config."""
 
@@ -343,7 +376,26 @@ def check_train(config: TrainConfig) -> None:
     _require(config.model.init in ("pretrained", "random"), "model.init", config.model.init, "pretrained or random")
     dtypes = ("float32", "bfloat16", "float16")
     _require(config.model.dtype in dtypes, "model.dtype", config.model.dtype, " or ".join(dtypes))
+    _require(0 <= config.onpolicy.support < 1, "onpolicy.support", config.onpolicy.support, "in [0, 1)")
     check_objectives(config.objectives)
+
+
+def check_synthetic(config: SyntheticConfig) -> None:
+    """Raise UserError where a value of `mopo synthetic` is out of range."""
+    _require(bool(config.structures), "structures", config.structures, "at least one preference structure")
+    _require(0 < config.tau < math.inf, "tau", config.tau, "a number above 0 (KL strength)")
+    for beta in config.betas:
+        _require(0 < beta <= 1, "betas", config.betas, "in (0, 1] each")
+    for threshold in config.thresholds or ():
+        _require(0 < threshold < 1, "thresholds", config.thresholds, "win rates in (0, 1), or null")
+    known = bool(config.preferences) and set(config.preferences) <= {"exact", "sampled"}
+    _require(known, "preferences", config.preferences, "a list of exact and sampled")
+    _require(bool(config.recipes), "recipes", config.recipes, "at least one")
+    _require(bool(config.objectives) and min(config.objectives) >= 2, "objectives", config.objectives, "2 or more each")
+    for key, least in {"t0": 1, "steps": 1, "every": 1, "pairs": 50}.items():
+        _require(getattr(config, key) >= least, key, getattr(config, key), f"{least} or more")
+    for key in ("sigma", "dual_rate", "learning_rate"):
+        _require(getattr(config, key) > 0, key, getattr(config, key), "above 0")
 
 
 def check_objectives(objectives: dict[str, ObjectiveConfig]) -> None:

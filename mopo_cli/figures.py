@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+
+if TYPE_CHECKING:
+    from mopo_cli.synthetic import Problem, Record
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6B6B6B", "#000000")
 STYLE = {
@@ -132,3 +136,110 @@ def _key(axis: Axes, points: Sequence[Point]) -> None:
     if any(p.optimum is not None for p in points):
         handles.append(Line2D([], [], marker="*", color="black", linestyle="none", label="optimum of (P)"))
     axis.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(handles), fontsize=8)
+
+
+# --------------------------------------------------------------------------------------------- mopo synthetic
+
+REACHED = {"exact": (COLOURS[0], "o"), "sampled": (COLOURS[1], "^")}  # by the preferences a run saw
+SCHEDULED = COLOURS[2]
+
+
+def draw_structure(name: str, problems: Sequence[Problem], records: Sequence[Record], path: Path) -> Path:
+    """One figure a structure: exact front, regularised front, and what the first recipe reached; a panel for each K."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with plt.rc_context(STYLE):  # type: ignore[arg-type]
+        figure, axes = plt.subplots(
+            1, len(problems), figsize=(5.2 * len(problems), 4.4), squeeze=False, layout="constrained"
+        )
+        for axis, problem in zip(axes[0], problems, strict=True):
+            size = problem.optima.shape[1]
+            chosen = _first_recipes([r for r in records if size == r.K])
+            draw = _plane if size == 2 else _projection
+            draw(axis, problem, chosen)
+            axis.set_title(f"{name.replace('_', ' ')}, K = {size}")
+        figure.savefig(path)
+        plt.close(figure)
+    return path
+
+
+def _first_recipes(records: Sequence[Record]) -> list[Record]:
+    """The first recipe's records: one for each kind of preferences, and those on the schedule."""
+    found: dict[tuple[str, bool], Record] = {}
+    for record in records:
+        found.setdefault((record.preferences, record.beta is not None), record)
+    return list(found.values())
+
+
+def _plane(axis: Axes, problem: Problem, records: Sequence[Record]) -> None:
+    """Two objectives: the secondary's win rate against the primary's."""
+    front = problem.front[np.argsort(problem.front[:, 1])]
+    axis.plot(front[:, 1], front[:, 0], color="black", marker=".", label="exact front")
+    curve = problem.regularised
+    axis.plot(curve[:, 1], curve[:, 0], color="0.55", linestyle="--", label="optima of (P) as λ moves")
+    axis.plot(
+        problem.optima[:, 1],
+        problem.optima[:, 0],
+        "o",
+        color="0.55",
+        markersize=9,
+        fillstyle="none",
+        label="optimum at b",
+    )
+    _reached(axis, records, 1, 0)
+    axis.set(xlabel="win rate, secondary", ylabel="win rate, primary")
+    axis.legend(fontsize=8)
+
+
+def _projection(axis: Axes, problem: Problem, records: Sequence[Record]) -> None:
+    """Three objectives or more: the first two secondaries, over what is left for the primary at those thresholds."""
+    shown = axis.tricontourf(
+        problem.regularised[:, 1], problem.regularised[:, 2], problem.regularised[:, 0], 12, cmap="Greys", alpha=0.6
+    )
+    axis.figure.colorbar(shown, ax=axis, label="primary's win rate at the optimum of (P)")
+    axis.plot(
+        problem.optima[:, 1],
+        problem.optima[:, 2],
+        "o",
+        color="0.35",
+        markersize=9,
+        fillstyle="none",
+        label="optimum at b",
+    )
+    _reached(axis, records, 1, 2)
+    axis.set(xlabel="win rate, first secondary", ylabel="win rate, second secondary")
+    axis.legend(fontsize=8)
+
+
+def _reached(axis: Axes, records: Sequence[Record], x: int, y: int) -> None:
+    for record in records:
+        points = np.array(record.reached)
+        if record.beta is None:
+            colour, marker = REACHED[record.preferences]
+            axis.plot(
+                points[:, x],
+                points[:, y],
+                marker,
+                color=colour,
+                markersize=5,
+                linestyle="none",
+                label=f"reached, {record.preferences} preferences",
+            )
+            continue
+        axis.plot(
+            points[:, x],
+            points[:, y],
+            "s",
+            color=SCHEDULED,
+            markersize=5,
+            linestyle="none",
+            label="reached on the schedule, by β",
+        )
+        for beta, point in zip(record.beta, points, strict=True):
+            axis.annotate(
+                f"{beta:g}",
+                (point[x], point[y]),
+                xytext=(4, 4),
+                textcoords="offset points",
+                fontsize=7,
+                color=SCHEDULED,
+            )

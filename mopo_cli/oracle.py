@@ -58,19 +58,19 @@ def attainable(win_rates: np.ndarray, log_reference: np.ndarray) -> np.ndarray:
     return masked.max(axis=1).mean(axis=0)
 
 
-def joint_slack(
-    win_rates: np.ndarray, log_reference: np.ndarray, thresholds: np.ndarray, tolerance: float = 1e-9
-) -> float:
-    """max over policies of min_j (R_j - b_j): negative exactly when the thresholds cannot all be met.
+def least_slack(values: np.ndarray, thresholds: np.ndarray, tolerance: float = 1e-9) -> float:
+    """max over policies of min_j (R_j - b_j), for values (N, A, J) of responses and thresholds (J,).
 
-    Equals min over w in the simplex of E_x max_y w.(p_j - b_j); solved by cutting planes on w.
+    Negative exactly when the thresholds cannot all be met. Equals min over w in the simplex of E_x max_y w.(p_j - b_j);
+    solved by cutting planes on w. Responses outside the support have values of -inf.
     """
-    gains = np.where(np.isfinite(log_reference)[:, :, None], win_rates[:, :, 1:] - thresholds, -np.inf)
+    gains = values - thresholds
+    known = np.where(np.isfinite(gains), gains, -1e9)
     size = len(thresholds)
     w, cuts, lower = np.full(size, 1.0 / size), [], -np.inf
     upper = np.inf
     for _ in range(200):
-        best = np.where(np.isfinite(gains), gains, -1e9) @ w
+        best = known @ w
         chosen = np.take_along_axis(gains, best.argmax(axis=1)[:, None, None], axis=1)[:, 0]
         cuts.append(chosen.mean(axis=0))
         upper = min(upper, float(cuts[-1] @ w))
@@ -110,8 +110,8 @@ def solve(
     duals[np.setdiff1d(np.arange(len(duals)), asked)] = 0.0
     feasible = bool(np.all(best[asked] > thresholds[asked]))
     if feasible and len(asked) > 1:
-        chosen = win_rates[:, :, np.concatenate([[0], asked + 1])]
-        feasible = joint_slack(chosen, log_reference, thresholds[asked]) > 1e-9
+        values = np.where(np.isfinite(log_reference)[:, :, None], win_rates[:, :, asked + 1], -np.inf)
+        feasible = least_slack(values, thresholds[asked]) > 1e-9
     if len(asked):
         duals = _minimise_dual(win_rates, log_reference, tau, thresholds, asked, duals)
     return _certify(win_rates, log_reference, tau, thresholds, duals, feasible, best)

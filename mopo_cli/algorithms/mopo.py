@@ -65,23 +65,41 @@ def lower_bound(f: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
 
     G = max_{chi > 0} -chi log E exp(-f / chi) - chi epsilon (arXiv 2505.10892, the dual of the KL ball). epsilon = 0 is
     the mean, epsilon >= log n (or inf) the minimum. Returns (G, chi), each (...), in float64; chi solves
-    KL(w || uniform) = epsilon by bisection on log chi, and is inf or 0 at the two limits.
+    KL(w || uniform) = epsilon, and is inf or 0 at the two limits.
     """
     f = f.double()
-    span = (f.max(-1).values - f.min(-1).values).clamp(min=1e-300)
+    least = f.min(-1).values
+    span = (f.max(-1).values - least).clamp(min=1e-300)
     if epsilon <= 0:
         return f.mean(-1), torch.full_like(span, math.inf)
-    ties = (f == f.min(-1, keepdim=True).values).double().mean(-1)
-    low, high = torch.log(span * 1e-8), torch.log(span * (1e8 + 1.0 / epsilon))
-    for _ in range(200):
-        middle = 0.5 * (low + high)
-        outside = chi_gradient(f, middle.exp(), epsilon) > 0  # w too far from uniform: chi must grow
-        low, high = torch.where(outside, middle, low), torch.where(outside, high, middle)
-    chi = (0.5 * (low + high)).exp()
-    at_minimum = epsilon >= -torch.log(ties)
-    least = f.min(-1).values
+    ties = (f == least[..., None]).double().mean(-1)
+    at_minimum = epsilon >= -torch.log(ties) - 1e-12
+    chi = 1.0 / _inverse_chi(f, span, epsilon, at_minimum)
     bound = torch.where(at_minimum, least, torch.maximum(lower_bound_at(f, chi, epsilon), least))
     return bound, torch.where(at_minimum, torch.zeros_like(chi), chi)
+
+
+def _inverse_chi(f: Tensor, span: Tensor, epsilon: float, skip: Tensor) -> Tensor:
+    """u = 1 / chi at which KL(w || uniform) = epsilon for w proportional to exp(-u f).
+
+    Newton on sqrt(KL), nearly linear in u (KL = u^2 Var / 2 + ...), within a bracket that is halved on the log scale
+    where a step leaves it.
+    """
+    low, high = 1.0 / (span * (1e8 + 1.0 / epsilon)), 1e8 / span
+    u = (math.sqrt(2.0 * epsilon) / f.std(-1, correction=0).clamp(min=1e-300)).clamp(low, high)
+    shifted = f - f.min(-1, keepdim=True).values
+    for _ in range(100):
+        log_w = torch.log_softmax(-u[..., None] * shifted, dim=-1)
+        w = log_w.exp()
+        kl = (w * (log_w + math.log(f.shape[-1]))).sum(-1).clamp(min=0.0)
+        variance = (w * shifted**2).sum(-1) - (w * shifted).sum(-1) ** 2
+        low, high = torch.where(kl <= epsilon, u, low), torch.where(kl > epsilon, u, high)
+        newton = u - 2.0 * (kl - (epsilon * kl).sqrt()) / (u * variance).clamp(min=1e-300)
+        step = torch.where((newton >= low) & (newton <= high), newton, (low * high).sqrt())
+        moved, u = (step - u).abs() > 1e-11 * u, step
+        if not bool((moved & ~skip).any()):
+            break
+    return u
 
 
 def auto_epsilon(n_eff: float, delta: float) -> float:
@@ -259,6 +277,16 @@ def sampled_estimate(
         centred = (weights * (win_rates - means[:, None]))[:, :, 1:]
         sensitivity = torch.einsum("nmj,nml->jl", centred, centred) / (spare * tau)
     return Estimate(means.mean(0), lower, chi, radius, float(len(means)), sensitivity)
+
+
+def enumerated_estimate(policy: Tensor, win_rates: Tensor, tau: float) -> Estimate:
+    """R_k exactly, from probabilities (N, A) of all responses and their win rates (N, A, K): no pessimism is due."""
+    policy, win_rates = policy.double(), win_rates.double()
+    means = torch.einsum("na,nak->nk", policy, win_rates)
+    centred = (win_rates - means[:, None])[:, :, 1:]
+    sensitivity = torch.einsum("na,naj,nal->jl", policy, centred, centred) / (len(policy) * tau)
+    reached = means.mean(0)
+    return Estimate(reached, reached[1:], torch.full_like(reached[1:], math.inf), 0.0, math.inf, sensitivity)
 
 
 # --------------------------------------------------------------------------------------------- the method
