@@ -39,6 +39,8 @@ from mopo_cli.oracle import attainable, solve
 from mopo_cli.trainer import Progressed, Trainer
 from mopo_cli.types import Example, Objective
 
+SUPPORTING = 1000  # held-out rows that tell what the reference thinks of the data's responses
+
 
 @dataclass
 class JudgedRows:
@@ -219,7 +221,7 @@ class Alignment:
 
     def prepare(self, start: int = 0) -> None:
         """Reference log-probs of every row to come; a checkpoint brings its own, equal to the last bit."""
-        of_data = reference_logps(self.policy, self.initial, self.heldout.tokens, self.collate)
+        of_data = reference_logps(self.policy, self.initial, self.heldout.tokens[:SUPPORTING], self.collate)
         self.floor = support_floor(of_data, self.onpolicy.support)
         if not start:
             self.behaviour = self._table(self.initial, self.upcoming(0, math.inf))

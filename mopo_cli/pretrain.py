@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from mopo_cli.config import PreferenceModelConfig, SftConfig
 from mopo_cli.console import Stage
 from mopo_cli.data.tokens import Collator, TokenRow, batch_rows
-from mopo_cli.models.logprobs import budget_batches, gather_slots, sequence_logps
+from mopo_cli.models.logprobs import budget_batches, gather_slots, sequence_logps, token_budget
 from mopo_cli.models.preference import PairBatch, PreferenceModel, accuracy, preference_loss
 from mopo_cli.trainer import Progressed, Trainer
 from mopo_cli.types import Example
+
+JUDGED = 1000  # held-out rows that decide when a preference model is at its best
 
 
 def fit_reference(
@@ -73,7 +75,7 @@ def heldout_logits(
     device = next(model.parameters()).device
     model.eval()
     logits, labels = [], []
-    for numbers in budget_batches(rows, 8192):
+    for numbers in budget_batches(rows, token_budget(device)):
         batch = pair_batch([examples[i] for i in numbers], [rows[i] for i in numbers], collate, device)
         logits.append(model.pair_logits(batch).cpu())
         labels.append(batch.labels.cpu())
@@ -91,12 +93,13 @@ def fit_preference_model(
     seed: int,
     stage: Stage,
 ) -> list[float]:
-    """Train on the labelled pairs, keep the weights with the best held-out cross-entropy.
+    """Train on the labelled pairs, keep the weights with the best cross-entropy on (at most 1 000) held-out rows.
 
     Returns the held-out accuracy of each objective, over labels that are not ties.
     """
     trainer = Trainer(accelerator, model, config.optimiser, config.steps)
     examples, rows = train
+    glance = heldout[0][:JUDGED], heldout[1][:JUDGED]
     size = config.batch_size * accelerator.num_processes
     best: tuple[float, dict[str, Tensor]] = (math.inf, {})
 
@@ -113,7 +116,7 @@ def fit_preference_model(
         if progressed.step % 10 == 0 or progressed.step == config.steps:
             stage.advance(progressed.step, loss=float(progressed.loss))
         if progressed.step % config.evaluate_every == 0 or progressed.step == config.steps:
-            losses, known = preference_loss(*heldout_logits(model, *heldout, collate))
+            losses, known = preference_loss(*heldout_logits(model, *glance, collate))
             cost = float(losses.sum() / known.sum())
             if cost < best[0]:
                 best = (cost, copy.deepcopy(model.state_dict()))

@@ -149,10 +149,12 @@ class World:
     def preferences(self, prompt: str, first: list[str], second: list[str]) -> np.ndarray:
         """(K, len(first), len(second)) P_k(first over second | prompt), for any texts."""
         topic = self.prompts[prompt]
-        r1, r2 = (np.array([scores(text, topic) for text in texts]) for texts in (first, second))
+        r1 = np.array([scores(text, topic) for text in first])
+        r2 = r1 if second is first else np.array([scores(text, topic) for text in second])
         matrices = list(sigmoid(r1.T[:, :, None] - r2.T[:, None, :]))
-        o1, o2 = (np.array([read_slots(text, topic).opening for text in texts]) for texts in (first, second))
-        matrices.append(tone_preference(o1[:, None], o2[None, :]))
+        if CYCLIC in self.objectives:
+            o1, o2 = (np.array([read_slots(text, topic).opening for text in texts]) for texts in (first, second))
+            matrices.append(tone_preference(o1[:, None], o2[None, :]))
         return np.stack([matrices[(*SCORED, CYCLIC).index(name)] for name in self.objectives])
 
     def win_rates(self, prompt: str, texts: list[str] | None = None) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -57,6 +58,7 @@ class Encoder:
         self.chat_template = chat_template
         self.longest_response = max_length  # tokens; learnt from the rows encoded so far
         self._longest_seen = 0
+        self._ids = lru_cache(16384)(self._encode)  # prompts and responses come again in rows and samples
 
     def prompt_text(self, prompt: Text, response: Text = "") -> str:
         """The text in front of a response. A plain prompt that would be glued to it is ended by a newline."""
@@ -77,15 +79,17 @@ class Encoder:
             not isinstance(prompt, str) or self.chat_template == "always"
         )
         text = self.prompt_text(prompt, response)
-        ids: list[int] = list(self.tokenizer(text, add_special_tokens=not templated)["input_ids"])  # type: ignore[arg-type]
+        ids = list(self._ids(text, not templated))
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if len(ids) > 1 and ids[-1] == eos:  # some tokenizers close what they encode
             ids = ids[:-1]
         return ids or [eos if bos is None else bos]  # type: ignore[return-value]
 
     def response_ids(self, response: Text) -> list[int]:
-        ids = self.tokenizer(_content(response), add_special_tokens=False)["input_ids"]
-        return [*ids, self.tokenizer.eos_token_id]  # type: ignore[list-item,return-value]
+        return [*self._ids(_content(response), False), self.tokenizer.eos_token_id]  # type: ignore[list-item,return-value]
+
+    def _encode(self, text: str, special: bool) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, add_special_tokens=special)["input_ids"])  # type: ignore[arg-type]
 
     def row(self, prompt: Text, responses: Sequence[Text]) -> TokenRow:
         return TokenRow(

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mopo_cli.data.tokens import Collator, TokenBatch, TokenRow
-from mopo_cli.models.logprobs import backbone_of, budget_batches, gather_slots, hidden_states, unwrap
+from mopo_cli.models.logprobs import backbone_of, budget_batches, gather_slots, hidden_states, token_budget, unwrap
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,15 +87,13 @@ def accuracy(logits: Tensor, labels: Tensor) -> list[float]:
 
 
 @torch.no_grad()
-def features_of(
-    model: PreferenceModel, rows: Sequence[TokenRow], collate: Collator, token_budget: int = 8192
-) -> list[Tensor]:
+def features_of(model: PreferenceModel, rows: Sequence[TokenRow], collate: Collator) -> list[Tensor]:
     """One (G, K, 1 + 2 rank) tensor a row, batched by length."""
     device = next(model.parameters()).device
     training = model.training
     model.eval()
     out: list[Tensor | None] = [None] * len(rows)
-    for numbers in budget_batches(rows, token_budget):
+    for numbers in budget_batches(rows, token_budget(device)):
         values = model(collate([rows[i] for i in numbers]).to(device)).cpu()
         start = 0
         for i in numbers:
