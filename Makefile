@@ -18,7 +18,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 install: $(INSTALLED) ## create .venv and install mopo with what its tests need
 
-train: $(INSTALLED) ## align the tiny model on the embedded world (the main job; about two minutes on two cores)
+train: $(INSTALLED) ## align the tiny model on the embedded world (the main job; two to three minutes on two cores)
 	$(BIN)/mopo train $(ARGS)
 
 test: $(INSTALLED) ## run all tests
