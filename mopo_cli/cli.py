@@ -42,7 +42,7 @@ COMMANDS = {
     "synthetic": Command(
         "mopo_cli.synthetic",
         "the method on small tables of preferences whose exact answers are known",
-        "mopo synthetic tau=0.05 objectives=[2]",
+        "mopo synthetic tau=0.05 sizes=[2]",
     ),
 }
 
@@ -74,9 +74,9 @@ def command_usage(name: str) -> str:
 
     command = COMMANDS[name]
     composed = config.compose(name, [])
-    groups = [group for group in config.GROUPS if group in composed or group == "hparams"]
+    groups = config.command_groups(name)
     lines = [f"mopo {name}: {command.summary}", "", f"  $ {command.example}", ""]
-    if name != "eval":
+    if groups:
         lines += ["config groups (group=option):"]
         lines += [f"  {group:<11} {', '.join(config.group_options(group))}" for group in groups]
         lines += [""]

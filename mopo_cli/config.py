@@ -203,7 +203,7 @@ class SyntheticConfig:
     """What `mopo synthetic` runs on: every structure and K by every combination of the lists."""
 
     structures: dict[str, Any] = field(default_factory=dict)
-    objectives: list[int] = field(default_factory=lambda: [2, 3])
+    sizes: list[int] = field(default_factory=lambda: [2, 3])
     tau: float = 0.08
     betas: list[float] = field(default_factory=list)
     t0: int = 25
@@ -266,6 +266,17 @@ def _one_line(error: BaseException) -> str:
 
 def group_options(group: str) -> list[str]:
     return sorted(path.stem if path.suffix == ".yaml" else path.name for path in (config_dir() / group).glob("*.yaml"))
+
+
+def command_groups(command: str) -> list[str]:
+    """The groups that a command's defaults choose from, in the order of GROUPS."""
+    defaults = OmegaConf.to_container(OmegaConf.load(config_dir() / f"{command}.yaml"))
+    assert isinstance(defaults, dict)
+    chosen = [entry if isinstance(entry, str) else next(iter(entry)) for entry in defaults.get("defaults", [])]
+    inherited = [
+        group for name in chosen if (config_dir() / f"{name}.yaml").is_file() for group in command_groups(name)
+    ]
+    return [group for group in GROUPS if group in (*chosen, *inherited)]
 
 
 def _missing_option(error: MissingConfigException) -> str:
@@ -391,7 +402,7 @@ def check_synthetic(config: SyntheticConfig) -> None:
     known = bool(config.preferences) and set(config.preferences) <= {"exact", "sampled"}
     _require(known, "preferences", config.preferences, "a list of exact and sampled")
     _require(bool(config.recipes), "recipes", config.recipes, "at least one")
-    _require(bool(config.objectives) and min(config.objectives) >= 2, "objectives", config.objectives, "2 or more each")
+    _require(bool(config.sizes) and min(config.sizes) >= 2, "sizes", config.sizes, "2 objectives or more each")
     for key, least in {"t0": 1, "steps": 1, "every": 1, "pairs": 50}.items():
         _require(getattr(config, key) >= least, key, getattr(config, key), f"{least} or more")
     for key in ("sigma", "dual_rate", "learning_rate"):

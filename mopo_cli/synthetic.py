@@ -273,7 +273,7 @@ class TabularAlignment:
             if measured and method.estimator != "offline":
                 method.observe(self._estimate(number, method, logps))
             if refresh_due(step, method.t0):
-                method.renew(torch.tensor(self._estimate(number, method, logps).lower, dtype=torch.float64))
+                method.renew(self._estimate(number, method, logps).lower)
                 self.reference[number] = logps[number]
 
     def _estimate(self, number: int, method: Mopo, logps: Tensor) -> Estimate:
@@ -369,12 +369,11 @@ def command(composed: DictConfig) -> int:
     configs.check_synthetic(config)
     run = claim(config.run.dir, resume=False)
     structures = [read_structure(name, node) for name, node in config.structures.items()]
-    for recipe in recipes(config):  # a misspelt part is said before anything runs
-        build_methods(config, recipe, [((None,), 1.0, math.inf)])
+    check_recipes(config)
     problems = [
         pose(structure.first(k), config.tau, config.thresholds)
         for structure in structures
-        for k in _sizes(structure, config.objectives)
+        for k in _sizes(structure, config.sizes)
     ]
     started = time.perf_counter()
     records = run_all(config, problems)
@@ -398,13 +397,22 @@ def _sizes(structure: Structure, sizes: Sequence[int]) -> list[int]:
     most = len(structure.preferences)
     for k in sizes:
         if k > most:
-            raise UserError(f"objectives={list(sizes)}: structures.{structure.name} has {most} matrices")
+            raise UserError(f"sizes={list(sizes)}: structures.{structure.name} has {most} matrices")
     return list(sizes)
 
 
 def recipes(config: SyntheticConfig) -> Iterator[Recipe]:
     for preferences, chosen in product(config.preferences, config.recipes):
         yield Recipe(preferences, chosen.extraction, chosen.multipliers, chosen.estimator)
+
+
+def check_recipes(config: SyntheticConfig) -> None:
+    """A misspelt part of a recipe is said before anything runs."""
+    for recipe in recipes(config):
+        try:
+            build_methods(config, recipe, [((None,), 1.0, math.inf)])
+        except UserError as error:
+            raise UserError(str(error).replace("algorithm.", "recipes: ")) from None
 
 
 def run_all(config: SyntheticConfig, problems: Sequence[Problem]) -> list[Record]:

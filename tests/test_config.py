@@ -16,7 +16,9 @@ from mopo_cli.data.prepare import COMMON_KEYS
 from mopo_cli.errors import UserError
 
 CONF = Path(__file__).parents[1] / "conf"
-OPTIONS = [(group, path.stem) for group in config.GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+OPTIONS = [
+    (group, path.stem) for group in config.command_groups("train") for path in sorted((CONF / group).glob("*.yaml"))
+]
 
 
 def train(*overrides: str) -> config.TrainConfig:

@@ -21,13 +21,13 @@ from mopo_cli.algorithms.mopo import (
     LogpBatch,
     Mopo,
     auto_epsilon,
-    barrier_multipliers,
     bc_loss,
     chi_gradient,
     dual_newton_step,
     dual_step,
     effective_sample_size,
     importance_ratio,
+    least_multiplier,
     leave_one_out,
     lower_bound,
     lower_bound_at,
@@ -300,25 +300,27 @@ def test_a_newton_step_leaves_its_arguments_alone():
     assert hessian.tolist() == [[0.1, 0.02], [0.02, 0.2]]
 
 
-def test_barrier_multipliers():
-    slack = f64(0.5, 0.02, 0.01)
-    torch.testing.assert_close(barrier_multipliers(slack, 0.03), 0.03 / slack)
-    edge, h = 0.01, 1e-9
-    below, above = barrier_multipliers(f64(edge - h, edge + h), 0.03, edge)
-    assert float(below) == pytest.approx(float(above), rel=1e-5)
-    slopes = [
-        float(barrier_multipliers(f64([s + 1e-7]), 0.03) - barrier_multipliers(f64([s]), 0.03)) / 1e-7
-        for s in (edge - 1e-6, edge + 1e-6)
-    ]
-    assert slopes[0] == pytest.approx(slopes[1], rel=1e-3), "the slope is continuous too"
-    grid = barrier_multipliers(torch.linspace(-0.5, 0.5, 201, dtype=torch.float64), 0.03)
-    assert torch.isfinite(grid).all()
-    assert (grid.diff() < 0).all(), "the more a constraint is missed, the larger its multiplier"
-    # the slope of the barrier itself
-    s = f64([0.2]).requires_grad_()
-    (0.03 * s.log()).sum().backward()
-    assert s.grad is not None
-    torch.testing.assert_close(s.grad, barrier_multipliers(f64([0.2]), 0.03))
+@pytest.mark.parametrize("sigma", [0.0, 0.03])
+def test_a_multiplier_minimises_its_proximal_problem(sigma):
+    grid = torch.linspace(1e-9, 4.0, 400001, dtype=torch.float64)
+    for centre in (-1.0, -0.1, 0.0, 0.3, 2.0):
+        found = least_multiplier(f64([centre]), sigma)
+        by_search = grid[((grid - centre) ** 2 / 2 - sigma * grid.log()).argmin()]
+        assert float(found) == pytest.approx(float(by_search), abs=2e-5)
+
+
+@pytest.mark.parametrize("newton", [False, True])
+@pytest.mark.parametrize("start", [0.0, 0.01, 5.0])
+def test_the_barrier_rests_at_sigma_over_slack(newton, start):
+    # R(lambda) = 0.3 + 0.2 lambda against b = 0.5: lambda (0.2 lambda - 0.2) = sigma
+    sigma, hessian, duals = 0.03, f64([[0.2]]), f64([start])
+    for _ in range(600):
+        reached = 0.3 + 0.2 * duals
+        if newton:
+            duals = dual_newton_step(duals, reached, f64([0.5]), hessian, 0.5, sigma)
+        else:
+            duals = dual_step(duals, reached, f64([0.5]), 0.5, sigma)
+    assert float(duals) == pytest.approx((1 + math.sqrt(1 + 4 * sigma / 0.2)) / 2, abs=1e-9)
 
 
 # --------------------------------------------------------------------------------------------- schedule

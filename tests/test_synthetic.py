@@ -25,7 +25,7 @@ from mopo_cli.synthetic import (
 
 DEFAULT = Recipe("exact", "regression", "lagrangian", "onpolicy")
 SMALL = (
-    "steps=10", "every=5", "pairs=200", "betas=[0.9]", "processes=1", "objectives=[2]",
+    "steps=10", "every=5", "pairs=200", "betas=[0.9]", "processes=1", "sizes=[2]",
     "recipes=[{extraction: regression, multipliers: lagrangian, estimator: heldout}]",
 )  # fmt: skip
 
@@ -127,10 +127,10 @@ class TestCommand:
         [
             (["thresholds=[0.9]"], "thresholds: 0.9 is out of reach in total_order with K = 2: at most 0.780"),
             (["structures.antichain.preferences=[[[0.5,0.9],[0.2,0.5]],[[0.5,0.5],[0.5,0.5]]]"], "must be 1"),
-            (["objectives=[4]"], "structures.total_order has 3 matrices"),
-            (["objectives=[1]"], "2 or more"),
+            (["sizes=[4]"], "structures.total_order has 3 matrices"),
+            (["sizes=[1]"], "2 objectives or more"),
             (["tau=0"], "tau=0"),
-            (["recipes=[{extraction: dpo}]"], "extraction=dpo: must be regression or bc"),
+            (["recipes=[{extraction: dpo}]"], "recipes: extraction=dpo: must be regression or bc"),
             (["preferences=[guessed]"], "preferences"),
             (["betas=[1.5]"], "betas"),
         ],

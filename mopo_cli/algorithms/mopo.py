@@ -117,16 +117,28 @@ def effective_sample_size(weights: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------- multipliers
 
 
-def dual_step(duals: Tensor, estimates: Tensor, thresholds: Tensor, rate: float) -> Tensor:
-    """Projected gradient step on the dual: max(0, lambda - rate (R_j - b_j)), all (J,)."""
-    return (duals - rate * (estimates - thresholds)).clamp(min=0.0)
+def least_multiplier(centre: Tensor, weight: float | Tensor) -> Tensor:
+    """argmin over lambda >= 0 of (lambda - centre)^2 / 2 - weight log lambda; max(0, centre) where weight = 0."""
+    return (centre + (centre**2 + 4.0 * weight).sqrt()) / 2.0
 
 
-def dual_newton_step(duals: Tensor, estimates: Tensor, thresholds: Tensor, sensitivity: Tensor, gain: float) -> Tensor:
-    """A damped Newton step on the dual, with lambda >= 0.
+def dual_step(duals: Tensor, estimates: Tensor, thresholds: Tensor, rate: float, sigma: float = 0.0) -> Tensor:
+    """Proximal gradient step on the dual g(lambda) - sigma sum_j log lambda_j, all (J,).
+
+    sigma = 0 is the Lagrangian, max(0, lambda - rate (R_j - b_j)). With sigma > 0 the step rests where
+    lambda_j = sigma / (R_j - b_j): the multipliers of the log-barrier sigma sum_j log(R_j - b_j) in (P). The dual form
+    is defined, and its step finite, where a constraint is violated, so the barrier needs no continuation there.
+    """
+    return least_multiplier(duals - rate * (estimates - thresholds), rate * sigma)
+
+
+def dual_newton_step(
+    duals: Tensor, estimates: Tensor, thresholds: Tensor, sensitivity: Tensor, gain: float, sigma: float = 0.0
+) -> Tensor:
+    """A damped Newton step on g(lambda) - sigma sum_j log lambda_j, with lambda >= 0 (sigma as in `dual_step`).
 
     sensitivity (J, J) is dR_j / dlambda_l = E_x Cov_{y~pi}(p_j, p_l) / tau, the dual's Hessian. Minimises the quadratic
-    model of g over lambda >= 0 by coordinate descent (J is small), then moves `gain` of the way, by at most
+    model of g less the logarithm by coordinate descent (J is small), then moves `gain` of the way, by at most
     max(1, lambda_j) in each coordinate.
     """
     if not len(duals):
@@ -137,19 +149,9 @@ def dual_newton_step(duals: Tensor, estimates: Tensor, thresholds: Tensor, sensi
     for _ in range(200):
         for j in range(len(duals)):
             slope = gradient[j] + hessian[j] @ (target - duals)
-            target[j] = (target[j] - slope / hessian[j, j]).clamp(min=0.0)
+            target[j] = least_multiplier(target[j] - slope / hessian[j, j], sigma / hessian[j, j])
     trust = duals.clamp(min=1.0)
     return (duals + gain * (target - duals).clamp(-trust, trust)).clamp(min=0.0)
-
-
-def barrier_multipliers(slack: Tensor, sigma: float, edge: float = 0.01) -> Tensor:
-    """lambda_j = sigma / (G_j - b_j), the slope of sigma log(G_j - b_j), for slack (J,).
-
-    Below slack = edge the logarithm is continued by its second-order expansion, so lambda stays finite, continuous and
-    grows linearly where the constraint is violated.
-    """
-    inside = sigma / slack.clamp(min=edge)
-    return torch.where(slack >= edge, inside, sigma / edge * (2.0 - slack / edge))
 
 
 # --------------------------------------------------------------------------------------------- schedule
@@ -411,14 +413,12 @@ class Mopo:
         s.chi, s.epsilon, s.n_eff = estimate.chi.tolist(), estimate.epsilon, estimate.n_eff
         if record_only or not s.duals:
             return
-        if self.multipliers == "barrier":
-            target = barrier_multipliers(estimate.lower - self.thresholds, self.sigma)
-            duals = self.duals + self._gain(estimate) * (target - self.duals)
-        elif estimate.sensitivity is not None:
+        sigma = self.sigma if self.multipliers == "barrier" else 0.0
+        if estimate.sensitivity is not None:
             gain = self._gain(estimate)
-            duals = dual_newton_step(self.duals, estimate.lower, self.thresholds, estimate.sensitivity, gain)
+            duals = dual_newton_step(self.duals, estimate.lower, self.thresholds, estimate.sensitivity, gain, sigma)
         else:
-            duals = dual_step(self.duals, estimate.lower, self.thresholds, self.dual_rate)
+            duals = dual_step(self.duals, estimate.lower, self.thresholds, self.dual_rate, sigma)
         s.duals = duals.clamp(max=self.max_dual).tolist()
         s.corrections += 1
         stuck = (duals >= self.max_dual) & (estimate.lower < self.thresholds)
