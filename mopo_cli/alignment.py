@@ -24,33 +24,18 @@ from mopo_cli.algorithms.mopo import (
     Estimate,
     LogpBatch,
     Mopo,
-    leave_one_out,
     refresh_due,
     sampled_estimate,
 )
 from mopo_cli.config import OnPolicyConfig, SamplingConfig
-from mopo_cli.data.prepare import as_text, preference
 from mopo_cli.data.tokens import Collator, Encoder, TokenRow, batch_rows, row_length
+from mopo_cli.judging import SUPPORTING, JudgedRows, empirical, judge_samples, support_floor
 from mopo_cli.models.logprobs import all_logps, response_logps
-from mopo_cli.models.preference import PreferenceModel, features_of, win_probabilities
+from mopo_cli.models.preference import PreferenceModel
 from mopo_cli.models.reference import Snapshot, reference_logps, snapshot
 from mopo_cli.models.sampling import sample
 from mopo_cli.oracle import attainable, solve
 from mopo_cli.trainer import Progressed, Trainer
-from mopo_cli.types import Example, Objective
-
-SUPPORTING = 1000  # held-out rows that tell what the reference thinks of the data's responses
-
-
-@dataclass
-class JudgedRows:
-    """Rows of one split with what the preference model says of them."""
-
-    objectives: Sequence[Objective]
-    examples: Sequence[Example]
-    tokens: list[TokenRow]
-    features: list[Tensor]  # (G, K, D) preference features of the data's responses
-    win_rates: list[Tensor]  # (G, K) leave-one-out p_bar of the data's responses
 
 
 @dataclass
@@ -61,86 +46,6 @@ class Fresh:
     win_rates: Tensor  # (M, K)
     behaviour_logps: Tensor  # (M,)
     reference_logps: Tensor  # (M,)
-
-
-def judge_rows(
-    model: PreferenceModel,
-    objectives: Sequence[Objective],
-    examples: Sequence[Example],
-    tokens: list[TokenRow],
-    collate: Collator,
-    labels: str,
-) -> JudgedRows:
-    """Leave-one-out win rates from the preference model ("smoothed") or from the labels, the model filling gaps.
-
-    A computed objective's labels are exact, so they are always taken.
-    """
-    features = features_of(model, tokens, collate)
-    taken = [k for k, objective in enumerate(objectives) if labels == "observed" or objective.scorer is not None]
-    win_rates = []
-    for example, feature in zip(examples, features, strict=True):
-        p = win_probabilities(model, feature, feature)
-        _write_labels(p, example, taken)
-        mask = torch.ones(1, len(feature), dtype=torch.bool)
-        win_rates.append(leave_one_out(p[None], mask)[0])
-    return JudgedRows(objectives, examples, tokens, features, win_rates)
-
-
-def _write_labels(p: Tensor, example: Example, columns: Sequence[int]) -> None:
-    for (a, b), row in zip(example.pairs, example.labels, strict=True):
-        for k in columns:
-            if not math.isnan(row[k]):
-                p[a, b, k], p[b, a, k] = row[k], 1.0 - row[k]
-
-
-def judge_samples(
-    model: PreferenceModel,
-    encoder: Encoder,
-    rows: JudgedRows,
-    numbers: Sequence[int],
-    texts: list[list[str]],
-    collate: Collator,
-) -> tuple[list[TokenRow], list[Tensor]]:
-    """Token rows of sampled texts, and their (M, K) win rates against the data's responses to the same prompt.
-
-    The preference model judges; a computed objective is judged by its own scorer, which is exact.
-    """
-    tokens = [_sampled_row(encoder, rows, i, t) for i, t in zip(numbers, texts, strict=True)]
-    features = features_of(model, tokens, collate)
-    rates = [win_probabilities(model, f, rows.features[i]).mean(1) for i, f in zip(numbers, features, strict=True)]
-    for k, objective in enumerate(rows.objectives):
-        if objective.scorer is not None:
-            for rate, i, responses in zip(rates, numbers, texts, strict=True):
-                rate[:, k] = torch.tensor(computed_rates(objective, rows.examples[i], responses), dtype=rate.dtype)
-    return tokens, rates
-
-
-def computed_rates(objective: Objective, example: Example, texts: Sequence[str]) -> list[float]:
-    """(M,) win rates of texts against the data's responses under a computed objective."""
-    prompt = as_text(example.prompt)
-    data = [score_text(objective, prompt, as_text(r), example.context) for r in example.responses]
-    ours = [score_text(objective, prompt, text, example.context) for text in texts]
-    return [sum(preference(score, other, objective.margin) for other in data) / len(data) for score in ours]
-
-
-def score_text(objective: Objective, prompt: str, response: str, context: str) -> float:
-    assert objective.scorer is not None
-    return float(objective.scorer(prompt, response, context))
-
-
-def support_floor(logps: Sequence[Tensor], share: float) -> float:
-    """The `share` quantile of log pi_ref over the data's responses, (G,) each; -inf for share 0.
-
-    A preference model knows the responses of mu only. What the reference finds less likely than nearly all of them lies
-    outside their support, and its judgement there is a guess: a policy that climbs it is over-optimised.
-    """
-    return float(torch.cat(list(logps)).double().quantile(share)) if share > 0 else -math.inf
-
-
-def _sampled_row(encoder: Encoder, rows: JudgedRows, number: int, texts: list[str]) -> TokenRow:
-    prompt = rows.tokens[number].prompt
-    room = encoder.max_length - len(prompt)
-    return TokenRow(prompt, [encoder.response_ids(text)[:room] for text in texts])
 
 
 @dataclass
@@ -483,13 +388,6 @@ def _unpacked_table(packed: dict[str, Any]) -> dict[int, Tensor]:
 def latest_checkpoint(directory: Path) -> Path | None:
     found = sorted(directory.glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
     return found[-1] if found else None
-
-
-def empirical(rates: Tensor, known: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Win rates (N, M, K) and the log of the uniform distribution on the known of M samples; all where none is."""
-    known = known | ~known.any(1, keepdim=True)
-    uniform = torch.where(known, -known.sum(1, keepdim=True).double().log(), -math.inf)
-    return rates.double().numpy(), uniform.numpy()
 
 
 def _fresh_state(fresh: Fresh) -> dict[str, object]:

@@ -19,7 +19,6 @@ from torch import nn
 
 from mopo_cli import config as configs
 from mopo_cli import oracle
-from mopo_cli.alignment import JudgedRows, computed_rates, judge_samples
 from mopo_cli.config import EvaluationConfig, SamplingConfig
 from mopo_cli.console import say, show, stage
 from mopo_cli.data.assistant import World
@@ -27,6 +26,7 @@ from mopo_cli.data.prepare import as_text
 from mopo_cli.data.tokens import Collator, Encoder
 from mopo_cli.errors import UserError
 from mopo_cli.inputs import Inputs, judged_test, prepare_inputs
+from mopo_cli.judging import JudgedRows, computed_rates, judge_samples
 from mopo_cli.models.logprobs import all_logps
 from mopo_cli.models.preference import PreferenceModel, load_preference_model
 from mopo_cli.models.reference import Snapshot, reference_logps, snapshot

@@ -9,12 +9,12 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mopo_cli.algorithms.mopo import Mopo
-from mopo_cli.alignment import JudgedRows, judge_rows
 from mopo_cli.config import TrainConfig
 from mopo_cli.console import say, stage, warn
 from mopo_cli.data.prepare import as_text, build, load
 from mopo_cli.data.tokens import Collator, Encoder, TokenRow
 from mopo_cli.errors import UserError
+from mopo_cli.judging import JudgedRows, judge_rows
 from mopo_cli.models.load import load_policy, load_tokenizer
 from mopo_cli.models.logprobs import can_pack
 from mopo_cli.models.preference import PreferenceModel

@@ -116,9 +116,13 @@ def pose(structure: Structure, tau: float, thresholds: Sequence[float] | None) -
 
 
 def _grid(win_rates: np.ndarray, log_mu: np.ndarray, tau: float) -> np.ndarray:
-    """(9, J) thresholds that bind: what the optimum reaches as the multipliers go from 0.1 to 3."""
+    """(9, J) thresholds that bind: what the optimum reaches as the multipliers go from 0.1 to 1.5.
+
+    With larger ones a threshold may stand so close to the edge of what is attainable that 20 000 pairs cannot tell on
+    which side.
+    """
     objectives = win_rates.shape[2]
-    steps = np.geomspace(0.1, 3.0, GRID if objectives == 2 else round(GRID ** (1 / (objectives - 1))))
+    steps = np.geomspace(0.1, 1.5, GRID if objectives == 2 else round(GRID ** (1 / (objectives - 1))))
     duals = np.array(list(product(steps, repeat=objectives - 1)))
     return np.stack([oracle.policy_win_rates(oracle.tilt(win_rates, log_mu, tau, d), win_rates)[1:] for d in duals])
 
@@ -296,7 +300,11 @@ class TabularAlignment:
 def build_methods(
     config: SyntheticConfig, recipe: Recipe, asked: Sequence[tuple[tuple[float | None, ...], float, float]]
 ) -> list[Mopo]:
-    """One method for each (thresholds, beta, t0)."""
+    """One method for each (thresholds, beta, t0).
+
+    The offline estimate is made at each step, so its share of the dual rate is a step's.
+    """
+    rate = config.dual_rate / (config.every if recipe.estimator == "offline" else 1)
     return [
         Mopo(
             ("primary", *(f"secondary {j + 1}" for j in range(len(thresholds)))),
@@ -309,7 +317,7 @@ def build_methods(
             multipliers=recipe.multipliers,
             estimator=recipe.estimator,
             sigma=config.sigma,
-            dual_rate=config.dual_rate,
+            dual_rate=rate,
             max_dual=100.0,
         )
         for thresholds, beta, t0 in asked

@@ -15,12 +15,13 @@ from torch import Tensor
 from mopo_cli import config as configs
 from mopo_cli import diagnostics
 from mopo_cli.algorithms.mopo import Estimate, Mopo
-from mopo_cli.alignment import Alignment, judge_rows, latest_checkpoint
+from mopo_cli.alignment import Alignment, latest_checkpoint
 from mopo_cli.config import PreferenceModelConfig, SftConfig, TrainConfig
 from mopo_cli.console import say, stage, warn
 from mopo_cli.errors import UserError
 from mopo_cli.evaluate import Models
 from mopo_cli.inputs import Inputs, build_method, prepare_inputs
+from mopo_cli.judging import judge_rows
 from mopo_cli.models.preference import (
     PreferenceModel,
     build_preference_model,

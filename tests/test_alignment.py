@@ -7,7 +7,7 @@ import math
 import numpy as np
 import torch
 
-from mopo_cli.alignment import empirical, support_floor
+from mopo_cli.judging import empirical, support_floor
 from mopo_cli.oracle import attainable, solve
 
 

@@ -147,9 +147,12 @@ def dual_newton_step(
     gradient = estimates - thresholds
     target = duals.clone()
     for _ in range(200):
+        before = target.clone()
         for j in range(len(duals)):
             slope = gradient[j] + hessian[j] @ (target - duals)
             target[j] = least_multiplier(target[j] - slope / hessian[j, j], sigma / hessian[j, j])
+        if float((target - before).abs().max()) < 1e-12:
+            break
     trust = duals.clamp(min=1.0)
     return (duals + gain * (target - duals).clamp(-trust, trust)).clamp(min=0.0)
 
