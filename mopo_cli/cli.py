@@ -39,6 +39,11 @@ COMMANDS = {
         "what is in a data set: labels, ties, lengths, agreement of objectives",
         "mopo data dataset=pairs dataset.path=my.jsonl dataset.chosen_means=human objectives=human_concise",
     ),
+    "plan": Command(
+        "mopo_cli.plan",
+        "what is attainable, and at what price, before any alignment",
+        "mopo plan objectives=assistant_pair objectives.harmless.threshold=0.6",
+    ),
     "synthetic": Command(
         "mopo_cli.synthetic",
         "the method on small tables of preferences whose exact answers are known",
@@ -134,6 +139,7 @@ def run(name: str, arguments: Arguments) -> int:
         return sweep.command(arguments.overrides, arguments.config_dir, arguments.cfg)
     if arguments.multirun:
         raise UserError(f"-m: `mopo {name}` runs once; use `mopo sweep -m`")
+    config.check_experiment(name, arguments.overrides, arguments.config_dir)
     composed = config.compose(name, arguments.overrides, arguments.config_dir)
     if arguments.cfg:
         print(config.to_yaml(composed), end="")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mopo_cli.errors import UserError
 
-GROUPS = ("dataset", "model", "objectives", "algorithm", "hparams", "logger", "structures")
+GROUPS = ("dataset", "model", "objectives", "algorithm", "hparams", "logger", "structures", "experiment")
 
 
 @dataclass
@@ -158,6 +159,7 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     log_every: int = 5
     checkpoint_every: int = 100
+    cache: str | None = None
     run: RunConfig = field(default_factory=RunConfig)
     dataset: dict[str, Any] = field(default_factory=dict)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -165,6 +167,22 @@ class TrainConfig:
     algorithm: dict[str, Any] = field(default_factory=dict)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     debug: bool = False
+
+
+@dataclass
+class PlanSettings:
+    """What `mopo plan` predicts from."""
+
+    prompts: int = 300
+    responses: int = 64
+    thresholds: int = 15
+
+
+@dataclass
+class PlanConfig(TrainConfig):
+    """What `mopo plan` runs on: everything of `mopo train`, and how much to sample."""
+
+    plan: PlanSettings = field(default_factory=PlanSettings)
 
 
 @dataclass
@@ -229,6 +247,7 @@ class SweepConfig:
     name: str = ""
     dir: str = ""
     resume: bool = False
+    grid: dict[str, Any] = field(default_factory=dict)  # of an experiment: key -> values
 
 
 def config_dir() -> Path:
@@ -258,6 +277,18 @@ def compose(command: str, overrides: list[str], user_config_dir: str | None = No
             raise UserError(_unknown_key(command, overrides, error)) from error
         except (HydraException, OmegaConfBaseException, ValueError) as error:  # dataset=null is a ValueError
             raise UserError(_one_line(error)) from error
+
+
+def check_experiment(command: str, overrides: Sequence[str], user_config_dir: str | None = None) -> None:
+    """UserError where the preset that is asked for (experiment=NAME) belongs to another command."""
+    for override in overrides:
+        key, _, name = override.lstrip("+").partition("=")
+        for directory in (Path(user_config_dir or config_dir()), config_dir()):
+            path = directory / "experiment" / f"{name}.yaml"
+            if key == "experiment" and path.is_file():
+                wanted = OmegaConf.select(OmegaConf.load(path), "experiment.command", default=command)
+                if wanted != command:
+                    raise UserError(f"experiment={name}: this preset is for `mopo {wanted}`, not for `mopo {command}`")
 
 
 def _one_line(error: BaseException) -> str:
@@ -351,7 +382,7 @@ def typed(config: DictConfig, schema: type) -> Any:
     """The config as a record of `schema`; a wrong type or an unknown key is a UserError that names it."""
     try:
         fields = schema.__dataclass_fields__
-        unknown = [str(key) for key in config if key not in fields and key != "sweep"]
+        unknown = [str(key) for key in config if key not in fields and key not in ("sweep", "experiment")]
         if unknown:
             raise UserError(
                 f"{unknown[0]}: no such key{_did_you_mean(unknown[0], list(fields))}. Allowed: {', '.join(fields)}"
@@ -389,6 +420,13 @@ def check_train(config: TrainConfig) -> None:
     _require(config.model.dtype in dtypes, "model.dtype", config.model.dtype, " or ".join(dtypes))
     _require(0 <= config.onpolicy.support < 1, "onpolicy.support", config.onpolicy.support, "in [0, 1)")
     check_objectives(config.objectives)
+
+
+def check_plan(config: PlanConfig) -> None:
+    """Raise UserError where a value of `mopo plan` is out of range."""
+    for key, least in {"prompts": 1, "responses": 2, "thresholds": 2}.items():
+        _require(getattr(config.plan, key) >= least, f"plan.{key}", getattr(config.plan, key), f"{least} or more")
+    _require(len(config.objectives) >= 2, "objectives", list(config.objectives), "two or more: a front has two sides")
 
 
 def check_synthetic(config: SyntheticConfig) -> None:

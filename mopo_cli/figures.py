@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 if TYPE_CHECKING:
+    from mopo_cli.plan import PairFront, Plan
     from mopo_cli.synthetic import Problem, Record
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6B6B6B", "#000000")
@@ -243,3 +244,43 @@ def _reached(axis: Axes, records: Sequence[Record], x: int, y: int) -> None:
                 fontsize=7,
                 color=SCHEDULED,
             )
+
+
+# --------------------------------------------------------------------------------------------- mopo plan
+
+
+def draw_plan(plan: Plan, path: Path) -> Path:
+    """The predicted front of each pair of objectives, with its band, and the exact one where it is known."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    count = len(plan.pairs)
+    columns = min(count, 3)
+    rows = -(-count // columns)
+    with plt.rc_context(STYLE):  # type: ignore[arg-type]
+        figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 4.0 * rows), squeeze=False)
+        for axis, front in zip(axes.flat, plan.pairs, strict=False):
+            _pair(axis, front, plan)
+        for axis in list(axes.flat)[count:]:
+            axis.set_axis_off()
+        axes[0][0].legend(fontsize=8, loc="lower left")
+        figure.tight_layout()
+        figure.savefig(path)
+        plt.close(figure)
+    return path
+
+
+def _pair(axis: Axes, front: PairFront, plan: Plan) -> None:
+    x = np.array([p.threshold for p in front.points])
+    y, half = np.array([p.win_rate for p in front.points]), np.array([p.ci95 for p in front.points])
+    axis.fill_between(x, y - half, y + half, color=COLOURS[0], alpha=0.2, linewidth=0, label="95 % band")
+    axis.plot(x, y, color=COLOURS[0], marker="o", markersize=3.5, label="predicted front")
+    if front.exact_front is not None:
+        exact = np.array(front.exact_front)
+        inside = (exact[:, 0] >= x.min() - 0.02) & (exact[:, 0] <= x.max() + 0.02)
+        axis.plot(*exact[inside].T, color="black", linestyle="--", linewidth=1.2, label="exact front")
+    first, second = plan.objectives[front.primary], plan.objectives[front.secondary]
+    axis.plot([second.reference], [first.reference], marker="*", color=COLOURS[6], markersize=10, linestyle="none",
+              label="reference")  # fmt: skip
+    if second.threshold is not None:
+        axis.axvline(second.threshold, color=COLOURS[1], linestyle=":", linewidth=1.4, label="threshold asked")
+    axis.set(xlabel=f"win rate, {front.secondary}", ylabel=f"win rate, {front.primary}")
+    axis.set_title(f"{front.primary} against {front.secondary}", fontsize=10)

@@ -14,7 +14,15 @@ from typing import Any, TextIO
 from mopo_cli.errors import UserError
 
 STATES = ("running", "done", "infeasible", "failed", "interrupted")
-FREE_ON_RESUME = ("run", "logger", "debug", "log_every", "checkpoint_every", "evaluation")  # change no trained number
+FREE_ON_RESUME = (
+    "run",
+    "logger",
+    "debug",
+    "log_every",
+    "checkpoint_every",
+    "cache",
+    "evaluation",
+)  # change no trained number
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -50,9 +50,12 @@ class Trial:
 def command(overrides: Sequence[str], user_config_dir: str | None, show_config: bool) -> int:
     """Run every point; exit status 1 when one failed."""
     own = [o for o in overrides if o.lstrip("+").partition("=")[0] in OWN_KEYS]
-    points = expand([o for o in overrides if o not in own])
-    _check_own_directories(points[0].overrides)
-    composed = configs.compose("sweep", [*own, *points[0].overrides], user_config_dir)
+    asked = [o for o in overrides if o not in own]
+    first = expand(asked)[0].overrides
+    _check_own_directories(first)
+    configs.check_experiment("sweep", first, user_config_dir)
+    composed = configs.compose("sweep", [*own, *first], user_config_dir)
+    points = expand([*asked, *preset_grid(composed, asked)])
     settings: configs.SweepConfig = configs.typed(composed.sweep, configs.SweepConfig)
     directory = Path(settings.dir).expanduser()
     trials = [compose_point(point, directory, user_config_dir) for point in points]
@@ -67,6 +70,17 @@ def command(overrides: Sequence[str], user_config_dir: str | None, show_config: 
         again = shlex.join(["mopo", "sweep", "-m", *kept, f"sweep.dir={directory}", "sweep.resume=true"])
         say(f"interrupted; go on with: {again}")
         raise
+
+
+def preset_grid(composed: DictConfig, asked: Sequence[str]) -> list[str]:
+    """The grid of a preset (experiment=) as overrides, but for the keys that the command line sets itself."""
+    named = {o.lstrip("+").partition("=")[0] for o in asked}
+    grid = composed.sweep.get("grid") or {}
+    return [f"{key}={','.join(map(_grammar, values))}" for key, values in grid.items() if key not in named]
+
+
+def _grammar(value: Any) -> str:
+    return _quoted(value) if isinstance(value, str) else str(value)
 
 
 def _check_own_directories(overrides: Sequence[str]) -> None:

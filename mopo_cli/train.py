@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -12,8 +14,8 @@ from accelerate.utils import set_seed
 from omegaconf import DictConfig
 from torch import Tensor
 
+from mopo_cli import cache, diagnostics
 from mopo_cli import config as configs
-from mopo_cli import diagnostics
 from mopo_cli.algorithms.mopo import Estimate, Mopo
 from mopo_cli.alignment import Alignment, latest_checkpoint
 from mopo_cli.config import PreferenceModelConfig, SftConfig, TrainConfig
@@ -68,9 +70,9 @@ def train(config: TrainConfig, composed: DictConfig, run: RunDirectory, accelera
     set_seed(config.seed)
     inputs = prepare_inputs(config)
     with recorded(accelerator, config, composed, run, inputs.data) as tracker:
-        fit_or_load_reference(config, accelerator, inputs, run)
+        fit_or_load_reference(config, accelerator, inputs, run.reference)
         initial = snapshot(inputs.policy)
-        judge, accuracy = fit_or_load_judge(config, accelerator, inputs, run)
+        judge, accuracy = fit_or_load_judge(config, accelerator, inputs, run.preference_model)
         alignment, estimate = align(config, accelerator, inputs, judge, initial, run, tracker)
         models = Models(alignment.policy, initial, inputs.encoder, inputs.collate, judge)
         part_ways()
@@ -82,17 +84,27 @@ def train(config: TrainConfig, composed: DictConfig, run: RunDirectory, accelera
 # --------------------------------------------------------------------------------------------- stages
 
 
-def fit_or_load_reference(config: TrainConfig, accelerator: Accelerator, inputs: Inputs, run: RunDirectory) -> None:
-    """SFT on the data's responses, or what an earlier attempt of this run left in reference/."""
-    if run.reference.is_dir():
-        load_weights(inputs.policy, run.reference)
-    elif config.sft.steps:
-        rows = inputs.tokens["train"]
-        settings = replace(config.sft, steps=limited_steps(config.sft, len(rows)))
+def fit_or_load_reference(
+    config: TrainConfig, accelerator: Accelerator, inputs: Inputs, own: Path | None = None
+) -> None:
+    """SFT of inputs.policy on the data's responses, or what an earlier attempt or another run has left (cache.py)."""
+    if not config.sft.steps:
+        return
+    rows = inputs.tokens["train"]
+    settings = replace(config.sft, steps=limited_steps(config.sft, len(rows)))
+
+    def fit() -> None:
         with stage("reference (SFT)", settings.steps) as progress:
             fit_reference(accelerator, inputs.policy, rows, inputs.collate, settings, config.seed, progress)
-        if accelerator.is_main_process:
-            save_model(inputs.policy, inputs.tokenizer, run.reference)
+
+    def save(path: Path) -> None:
+        save_model(inputs.policy, inputs.tokenizer, path)
+
+    def load(path: Path) -> None:
+        load_weights(inputs.policy, path)
+        say(f"reference (SFT): from {path}")
+
+    cache.fitted(accelerator, config.cache, partial(cache.reference_key, config, inputs), own, fit, save, load)
 
 
 def limited_steps(settings: SftConfig | PreferenceModelConfig, rows: int) -> int:
@@ -101,22 +113,32 @@ def limited_steps(settings: SftConfig | PreferenceModelConfig, rows: int) -> int
 
 
 def fit_or_load_judge(
-    config: TrainConfig, accelerator: Accelerator, inputs: Inputs, run: RunDirectory
+    config: TrainConfig, accelerator: Accelerator, inputs: Inputs, own: Path | None = None
 ) -> tuple[PreferenceModel, list[float]]:
-    """The preference model and its held-out accuracy of each objective."""
-    if run.preference_model.is_dir():
-        return load_preference_model(run.preference_model, inputs.policy)
+    """The preference model and its held-out accuracy of each objective, fitted or left by an earlier fit (cache.py)."""
+    names = inputs.data.names
     steps = limited_steps(config.preference_model, len(inputs.tokens["train"]))
     settings = replace(config.preference_model, steps=steps)
-    names = inputs.data.names
-    judge = build_preference_model(inputs.policy, len(names), settings.form, settings.skew_rank, config.seed)
-    with stage("preference model", settings.steps) as progress:
+    found: list[tuple[PreferenceModel, list[float]]] = []
+
+    def fit() -> None:
+        judge = build_preference_model(inputs.policy, len(names), settings.form, settings.skew_rank, config.seed)
         train, heldout = ((inputs.examples[s], inputs.tokens[s]) for s in ("train", "heldout"))
-        accuracy = fit_preference_model(
-            accelerator, judge, train, heldout, inputs.collate, settings, config.seed, progress
-        )
-    if accelerator.is_main_process:
-        save_preference_model(judge, run.preference_model, names, accuracy)
+        with stage("preference model", settings.steps) as progress:
+            accuracy = fit_preference_model(
+                accelerator, judge, train, heldout, inputs.collate, settings, config.seed, progress
+            )
+        found.append((judge, accuracy))
+
+    def save(path: Path) -> None:
+        save_preference_model(found[0][0], path, names, found[0][1])
+
+    def load(path: Path) -> None:
+        found.append(load_preference_model(path, inputs.policy))
+        say(f"preference model: from {path}")
+
+    cache.fitted(accelerator, config.cache, partial(cache.judge_key, config, inputs), own, fit, save, load)
+    judge, accuracy = found[0]
     text = ", ".join(f"{name} {value:.1%}" for name, value in zip(names, accuracy, strict=True))
     say(f"held-out accuracy of the preference model: {text}")
     return judge, accuracy

@@ -62,6 +62,11 @@ def mopo(*arguments: str, cwd: Path, **changes: str) -> Finished:
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
+def _heed_interrupts() -> None:
+    """A shell's background job, which tests may be part of, is started deaf to SIGINT, and hands that on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def stop_when(
     ready: Callable[[], bool], with_signal: signal.Signals, *arguments: str, cwd: Path, **changes: str
 ) -> Finished:
@@ -73,6 +78,7 @@ def stop_when(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=_heed_interrupts,
     )
     try:
         while not ready():

@@ -1,0 +1,125 @@
+"""Fitted stages, kept by content: the same data, tokenizer, weights and settings are never fitted twice."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate import Accelerator
+from torch import nn
+
+from mopo_cli import __version__
+from mopo_cli.config import TrainConfig
+from mopo_cli.inputs import Inputs
+from mopo_cli.processes import agree
+
+
+def reference_key(config: TrainConfig, inputs: Inputs) -> str:
+    """What the SFT reference depends on; inputs.policy has not been trained yet."""
+    return _key("reference", weights_hash(inputs.policy), _texts(inputs, ("train",)), asdict(config.sft), config.seed)
+
+
+def judge_key(config: TrainConfig, inputs: Inputs) -> str:
+    """What the preference model depends on: the reference it starts from (inputs.policy), and the labels it sees."""
+    labels = hashlib.sha256()
+    for name in ("train", "heldout"):
+        for example in inputs.examples[name]:
+            labels.update(repr((example.pairs, example.labels)).encode())
+    texts = _texts(inputs, ("train", "heldout"))
+    settings = asdict(config.preference_model)
+    return _key(
+        "preference_model",
+        weights_hash(inputs.policy),
+        texts,
+        labels.hexdigest(),
+        inputs.data.names,
+        settings,
+        config.seed,
+    )
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Of every parameter and buffer, with its name, kind and shape."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _texts(inputs: Inputs, parts: Sequence[str]) -> str:
+    """Of the token rows: data, tokenizer and template in one."""
+    digest = hashlib.sha256()
+    for name in parts:
+        for row in inputs.tokens[name]:
+            digest.update(repr((row.prompt, row.responses)).encode())
+    return digest.hexdigest()
+
+
+def _key(*parts: object) -> str:
+    versions = (__version__, torch.__version__, transformers.__version__)
+    return hashlib.sha256(json.dumps([versions, *parts], default=str).encode()).hexdigest()[:20]
+
+
+@contextmanager
+def _held(root: Path, key: str) -> Iterator[None]:
+    """Holds root/key: whoever comes second waits, and finds what the first has left."""
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / f".{key}.lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def fitted(
+    accelerator: Accelerator,
+    root: str | None,
+    key: Callable[[], str],
+    own: Path | None,
+    fit: Callable[[], None],
+    save: Callable[[Path], None],
+    load: Callable[[Path], None],
+) -> None:
+    """A stage's result: from the run's `own` directory, else from root/key, else fitted anew and left in both.
+
+    `save` writes a whole directory or none. The run gets links to the cache's files, so it stays whole if the cache
+    goes.
+    """
+    if own is not None and own.is_dir():
+        return load(own)
+    if root is None:
+        fit()
+        if own is not None and accelerator.is_main_process:
+            save(own)
+        return None
+    path = Path(root).expanduser() / key()
+    with _held(path.parent, path.name) if accelerator.is_main_process else nullcontext():
+        if agree(accelerator, path.is_dir):
+            load(path)
+        else:
+            fit()
+            if accelerator.is_main_process:
+                save(path)
+    if own is not None and accelerator.is_main_process:
+        _link(path, own)
+    return None
+
+
+def _link(source: Path, target: Path) -> None:
+    """A copy of a directory that shares its files where the file system can; whole or absent."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        shutil.copytree(source, temporary, copy_function=os.link)
+    except (OSError, shutil.Error):  # another file system
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(source, temporary)
+    temporary.rename(target)
