@@ -65,6 +65,7 @@ def warnings(facts: RunFacts) -> list[str]:
         _infeasible,
         _missed,
         _no_movement,
+        _run_away,
         _collapse,
         _astray,
         _small_sample,
@@ -123,6 +124,18 @@ def _no_movement(facts: RunFacts) -> list[str]:
     return [
         f"the policy did not move (KL to the reference {facts.kl:.1e} nats): tau={facts.tau:g} is too large, "
         f"or steps={facts.steps} too few"
+    ]
+
+
+def _run_away(facts: RunFacts) -> list[str]:
+    """KL(pi || pi_ref) <= (E_pi s - E_ref s) / tau at the optimum, and s_lambda averages half its range under mu."""
+    prices = facts.duals[-1] if facts.duals else ()
+    most = (1.0 + sum(prices)) / (2.0 * facts.tau)
+    if facts.refreshed or facts.kl <= most:
+        return []
+    return [
+        f"KL to the reference {facts.kl:.1f} nats is more than any optimum of (P) has at tau={facts.tau:g} (at most "
+        f"{most:.1f}): training was unstable; lower optimiser.learning_rate, or take more prompts a step (batch_size)"
     ]
 
 

@@ -32,6 +32,24 @@ STYLE = {
 
 
 @dataclass(frozen=True, slots=True)
+class Swept:
+    """One finished run of a sweep. Win rates are exact where the world is known, else with a 95 % interval."""
+
+    varying: dict[str, str]
+    state: str
+    win_rate: dict[str, float]  # the primary first
+    ci95: dict[str, tuple[float, float]]
+    threshold: dict[str, float]
+    optimum: dict[str, float] | None
+    kl: float
+    history: Sequence[Mapping[str, Any]]
+
+    @property
+    def label(self) -> str:
+        return ", ".join(f"{key} {value}" for key, value in self.varying.items()) or "the run"
+
+
+@dataclass(frozen=True, slots=True)
 class Point:
     """One objective's result: what was asked, what was reached, and the exact optimum where it is known."""
 
@@ -284,3 +302,145 @@ def _pair(axis: Axes, front: PairFront, plan: Plan) -> None:
         axis.axvline(second.threshold, color=COLOURS[1], linestyle=":", linewidth=1.4, label="threshold asked")
     axis.set(xlabel=f"win rate, {front.secondary}", ylabel=f"win rate, {front.primary}")
     axis.set_title(f"{front.primary} against {front.secondary}", fontsize=10)
+
+
+# --------------------------------------------------------------------------------------------- mopo sweep
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+def draw_sweep(runs: Sequence[Swept], directory: Path) -> list[Path]:
+    """pareto.png, trajectories.png and, where two settings vary, stability.png; returns their paths."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with plt.rc_context(STYLE):  # type: ignore[arg-type]
+        drawn = [_pareto(runs, directory / "pareto.png"), _trajectories(runs, directory / "trajectories.png")]
+        if len(_values(runs)) == 2:
+            drawn.append(_stability(runs, directory / "stability.png"))
+    return drawn
+
+
+def _values(runs: Sequence[Swept]) -> dict[str, list[str]]:
+    """The values that each setting takes, sorted as numbers where they are numbers."""
+    keys = dict.fromkeys(key for run in runs for key in run.varying)
+    return {key: sorted({run.varying[key] for run in runs if key in run.varying}, key=_order) for key in keys}
+
+
+def _order(text: str) -> tuple[float, str]:
+    try:
+        return float(text), text
+    except ValueError:
+        return float("inf"), text
+
+
+def _style(run: Swept, values: Mapping[str, list[str]]) -> dict[str, Any]:
+    """Colour by the first setting that varies, marker by the second."""
+    found = [options.index(run.varying[key]) for key, options in values.items() if key in run.varying] + [0, 0]
+    return {"color": COLOURS[found[0] % len(COLOURS)], "marker": MARKERS[found[1] % len(MARKERS)]}
+
+
+def _style_key(axis: Axes, values: Mapping[str, list[str]], optimum: bool) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = []
+    for position, (key, options) in enumerate(list(values.items())[:2]):
+        for i, option in enumerate(options):
+            colour, marker = (COLOURS[i % len(COLOURS)], "o") if position == 0 else ("0.4", MARKERS[i % len(MARKERS)])
+            handles.append(Line2D([], [], linestyle="none", label=f"{key} {option}", color=colour, marker=marker))
+    if optimum:
+        handles.append(
+            Line2D([], [], linestyle="none", marker="o", color="0.4", fillstyle="none", label="optimum of (P)")
+        )
+    axis.legend(handles=handles, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def _pareto(runs: Sequence[Swept], path: Path) -> Path:
+    """The primary against each secondary, a point a run, with a thin line to the optimum that it aimed at."""
+    names, values = list(runs[0].win_rate), _values(runs)
+    figure, axes = plt.subplots(
+        1,
+        max(1, len(names) - 1),
+        figsize=(4.8 * max(1, len(names) - 1) + 1.2, 4.2),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, name in zip(axes[0], names[1:] or names, strict=False):
+        for run in runs:
+            look = _style(run, values)
+            x, y = run.win_rate[name], run.win_rate[names[0]]
+            bars = [
+                [[v - run.ci95[n][0]], [run.ci95[n][1] - v]] for n, v in ((name, x), (names[0], y)) if n in run.ci95
+            ]
+            if bars:
+                axis.errorbar([x], [y], xerr=bars[0], yerr=bars[-1], color=look["color"], linewidth=0.8, alpha=0.6)
+            if run.optimum is not None:
+                best = run.optimum[name], run.optimum[names[0]]
+                axis.plot([x, best[0]], [y, best[1]], color=look["color"], linewidth=0.6, alpha=0.7)
+                axis.plot(*([v] for v in best), marker="o", color=look["color"], fillstyle="none", markersize=7)
+            axis.plot([x], [y], linestyle="none", markersize=7, **look)
+        axis.set(xlabel=f"win rate, {name}", ylabel=f"win rate, {names[0]}")
+    _style_key(axes[0][-1], values, any(run.optimum is not None for run in runs))
+    figure.savefig(path)
+    plt.close(figure)
+    return path
+
+
+def _trajectories(runs: Sequence[Swept], path: Path) -> Path:
+    """Every objective's estimate over the steps, with its threshold dashed, and the KL."""
+    names = list(runs[0].win_rate)
+    figure, axes = plt.subplots(1, len(names) + 1, figsize=(4.2 * (len(names) + 1), 3.6), layout="constrained")
+    for number, run in enumerate(runs):
+        colour = plt.get_cmap("viridis")(number / len(runs)) if len(runs) > len(COLOURS) else COLOURS[number]
+        for axis, name in zip(axes, names, strict=False):
+            axis.plot(*_series(run.history, f"win_rate/{name}"), color=colour, label=run.label)
+            steps, thresholds = _series(run.history, f"threshold/{name}")
+            if thresholds:
+                axis.plot(steps, thresholds, color=colour, linestyle="--", linewidth=0.9, drawstyle="steps-post")
+        axes[-1].plot(*_series(run.history, "kl"), color=colour)
+    for axis, name in zip(axes, names, strict=False):
+        axis.set(title=f"{name}, estimated" + ("   -- threshold" if name != names[0] else ""), xlabel="step")
+        axis.title.set_fontsize(10)
+    axes[-1].set(title="KL to the first reference, nats", xlabel="step")
+    axes[-1].title.set_fontsize(10)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=8)
+    figure.savefig(path)
+    plt.close(figure)
+    return path
+
+
+def _stability(runs: Sequence[Swept], path: Path) -> Path:
+    """Where in the plane of two settings the primary is high, the thresholds are kept, and the KL stays in bounds."""
+    (across, columns), (down, rows) = _values(runs).items()
+    names = list(runs[0].win_rate)
+    panels = [(names[0], lambda r: r.win_rate[names[0]], "viridis")]
+    panels += [
+        (f"{n} less its threshold", lambda r, n=n: r.win_rate[n] - r.threshold[n], "RdBu")
+        for n in names[1:]
+        if all(n in r.threshold for r in runs)
+    ]
+    panels.append(("KL, nats", lambda r: r.kl, "magma_r"))
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=((1.1 + 0.75 * len(columns)) * len(panels) + 1, 1.3 + 0.6 * len(rows)),
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    for axis, (title, number, colours) in zip(axes[0], panels, strict=True):
+        table = np.full((len(rows), len(columns)), np.nan)
+        for run in runs:
+            table[rows.index(run.varying[down]), columns.index(run.varying[across])] = number(run)
+        edge = np.nanmax(np.abs(table)) or 1.0
+        limits = {"vmin": -edge, "vmax": edge} if colours == "RdBu" else {}
+        shown = axis.imshow(table, cmap=colours, aspect="auto", **limits)
+        for (i, j), value in np.ndenumerate(table):
+            red, green, blue, _ = shown.cmap(shown.norm(value))
+            dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
+            axis.text(j, i, "–" if np.isnan(value) else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}",
+                      ha="center", va="center", fontsize=8, color="white" if dark else "black")  # fmt: skip
+        axis.set_xticks(range(len(columns)), columns)
+        axis.set_yticks(range(len(rows)), rows)
+        axis.set(xlabel=across, ylabel=down)
+        axis.set_title(title, fontsize=10)
+        axis.grid(visible=False)
+        axis.spines[:].set_visible(False)
+    figure.savefig(path)
+    plt.close(figure)
+    return path

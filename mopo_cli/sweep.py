@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -23,7 +23,10 @@ from mopo_cli import config as configs
 from mopo_cli.console import say
 from mopo_cli.errors import UserError
 from mopo_cli.processes import alone
-from mopo_cli.runs import RunDirectory, write_atomic, write_json
+from mopo_cli.runs import RunDirectory, read_lines, write_atomic, write_json
+
+if TYPE_CHECKING:
+    from mopo_cli.figures import Swept
 
 OWN_KEYS = ("sweep.name", "sweep.dir", "sweep.resume")
 ENDED = ("done", "infeasible")
@@ -129,6 +132,8 @@ def run_all(trials: Sequence[Trial], directory: Path, resume: bool) -> int:
         write_results(directory, records)
     failed = [record["id"] for record in records if record["state"] == "failed"]
     say(f"\nresults        {directory / 'results.csv'}")
+    for path in draw(trials, directory):
+        say(f"figure         {path}")
     if failed:
         say(f"failed         {', '.join(failed)}")
     return 1 if failed else 0
@@ -244,6 +249,35 @@ def numbers(summary: dict[str, Any]) -> dict[str, Any]:
         row["gap"] = oracle["gap"]
     row["kl"], row["seconds"] = summary["kl"], summary["train"]["wall_seconds"]
     return row | {"warnings": len(summary["warnings"])}
+
+
+def draw(trials: Sequence[Trial], directory: Path) -> list[Path]:
+    """Figures of the runs that ended."""
+    from mopo_cli.figures import draw_sweep
+
+    ended = [swept(trial) for trial in trials if trial.run.summary.exists()]
+    alike = [run for run in ended if list(run.win_rate) == list(ended[0].win_rate)]  # other objectives, other axes
+    return draw_sweep(alike, directory / "figures") if alike else []
+
+
+def swept(trial: Trial) -> Swept:
+    """What a figure needs to know of a finished run."""
+    from mopo_cli.figures import Swept
+
+    summary = trial.run.results()
+    objectives, oracle = summary["objectives"], summary.get("oracle")
+    names = sorted(objectives, key=lambda name: objectives[name]["role"] != "primary")
+    exact = oracle["win_rate"] if oracle else None
+    return Swept(
+        trial.point.varying,
+        trial.run.state() or "done",
+        {name: (exact or {}).get(name, objectives[name]["win_rate"]) for name in names},
+        {} if exact else {name: tuple(objectives[name]["win_rate_ci95"]) for name in names},
+        {n: objectives[n]["threshold"] for n in names if objectives[n]["threshold"] is not None},
+        oracle["optimum"] if oracle else None,
+        summary["kl"],
+        read_lines(trial.run.metrics),
+    )
 
 
 def write_results(directory: Path, records: Sequence[dict[str, Any]]) -> None:

@@ -55,6 +55,12 @@ def only(**changes: Any) -> str:
 
 
 class TestSigns:
+    def test_a_policy_further_away_than_any_optimum(self):
+        # s_lambda ranges over 1 + 0.6 + 0.2: at most 1.8 / (2 tau) nats
+        assert "(at most 11.2)" in told(kl=11.3, t0=math.inf)[0]
+        assert not [text for text in told(kl=11.2, t0=math.inf) if "KL" in text]
+        assert not [text for text in told(kl=40.0, t0=100) if "KL" in text], "a lagged reference adds up"
+
     def test_a_healthy_run_shows_none(self):
         assert told() == []
 
