@@ -16,9 +16,9 @@ from mopo_cli.data.prepare import COMMON_KEYS
 from mopo_cli.errors import UserError
 
 CONF = Path(__file__).parents[1] / "conf"
-OPTIONS = [
-    (group, path.stem) for group in config.command_groups("train") for path in sorted((CONF / group).glob("*.yaml"))
-]
+GROUPS = [group for group in config.command_groups("train") if group != "experiment"]
+OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+PRESETS = sorted((CONF / "experiment").glob("*.yaml"))
 
 
 def train(*overrides: str) -> config.TrainConfig:
@@ -49,6 +49,16 @@ class TestOptions:
         train(f"{group}={option}")
         composed = config.compose("train", [f"{group}={option}"])
         assert set(composed) <= set(config.TrainConfig.__dataclass_fields__)  # else it would be ignored
+
+    @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+    def test_a_preset_composes_with_its_own_command_only(self, preset: Path):
+        command = OmegaConf.load(preset).experiment.command
+        override = [f"experiment={preset.stem}"]
+        config.compose(command, override)
+        config.check_experiment(command, override)
+        for other in {"train", "sweep", "synthetic", "plan"} - {command}:
+            with pytest.raises(UserError, match=f"this preset is for `mopo {command}`, not for `mopo {other}`"):
+                config.check_experiment(other, override)
 
     @pytest.mark.parametrize(("group", "option"), options("dataset", "objectives"))
     def test_composes_into_a_data_config(self, group: str, option: str):

@@ -15,14 +15,40 @@ import pytest
 from omegaconf import OmegaConf
 from running import TINY, Finished, read_json, results, stop_when
 
+from mopo_cli.config import compose
 from mopo_cli.errors import UserError
-from mopo_cli.sweep import compose_point, expand, point_id
+from mopo_cli.sweep import compose_point, expand, point_id, preset_grid
 
 Run = Callable[..., Finished]
 
 
 def varying(*overrides: str) -> list[dict[str, str]]:
     return [point.varying for point in expand(overrides)]
+
+
+def grid_of(*overrides: str) -> list[dict[str, str]]:
+    composed = compose("sweep", list(overrides))
+    return [point.varying for point in expand([*overrides, *preset_grid(composed, overrides)])]
+
+
+class TestPresets:
+    def test_the_grid_of_a_preset(self):
+        points = grid_of("experiment=tau_beta")
+        assert len(points) == 12
+        assert points[0] == {"tau": "0.1", "beta": "0.95"}
+        assert grid_of("experiment=lag_vs_static") == [{"t0": "100"}, {"t0": "inf"}]
+
+    def test_the_command_line_has_the_last_word(self):
+        assert grid_of("experiment=tau_beta", "tau=0.3") == [
+            {"beta": beta} for beta in ("0.95", "0.99", "0.999", "0.9999")
+        ]
+
+    def test_its_points_train_under_its_settings(self, tmp_path: Path):
+        point = expand(["experiment=lag_vs_static", "t0=100"])[0]
+        composed = compose_point(point, tmp_path, None).composed
+        assert composed.t0 == 100
+        assert composed.objectives.harmless.threshold is None
+        assert list(composed.objectives) == ["helpful", "harmless"]
 
 
 class TestGrid:
