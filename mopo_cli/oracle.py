@@ -9,12 +9,13 @@ Everything is float64 and vectorised over prompts. N prompts, A responses a prom
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import linprog
 from scipy.special import logsumexp
 
+CERTAIN = 1e-8  # a KKT residual below this is a solution
 MAX_DUAL = 1e4  # a multiplier beyond this means a threshold on the edge of what is attainable
 
 
@@ -108,13 +109,13 @@ def solve(
     asked = np.flatnonzero(np.isfinite(thresholds))
     duals = np.zeros(len(thresholds)) if start is None else np.clip(start, 0.0, 0.01 * MAX_DUAL)
     duals[np.setdiff1d(np.arange(len(duals)), asked)] = 0.0
-    feasible = bool(np.all(best[asked] > thresholds[asked]))
-    if feasible and len(asked) > 1:
-        values = np.where(np.isfinite(log_reference)[:, :, None], win_rates[:, :, asked + 1], -np.inf)
-        feasible = least_slack(values, thresholds[asked]) > 1e-9
     if len(asked):
         duals = _minimise_dual(win_rates, log_reference, tau, thresholds, asked, duals)
-    return _certify(win_rates, log_reference, tau, thresholds, duals, feasible, best)
+    found = _certify(win_rates, log_reference, tau, thresholds, duals, best)
+    if found.kkt_residual < CERTAIN:  # the policy itself shows that the thresholds can be met
+        return found
+    values = np.where(np.isfinite(log_reference)[:, :, None], win_rates[:, :, asked + 1], -np.inf)
+    return replace(found, feasible=least_slack(values, thresholds[asked]) > 1e-9)
 
 
 def dual_value(
@@ -167,7 +168,7 @@ def _newton(win_rates, log_reference, tau, thresholds, asked, duals, steps=200, 
     return duals
 
 
-def _certify(win_rates, log_reference, tau, thresholds, duals, feasible, best) -> Optimum:
+def _certify(win_rates, log_reference, tau, thresholds, duals, best) -> Optimum:
     log_policy = tilt(win_rates, log_reference, tau, duals)
     reached = policy_win_rates(log_policy, win_rates)
     kl = mean_kl(log_policy, log_reference)
@@ -175,4 +176,4 @@ def _certify(win_rates, log_reference, tau, thresholds, duals, feasible, best) -
     slack = np.where(np.isfinite(thresholds), reached[1:] - thresholds, 0.0)
     residual = float(np.max(np.maximum(np.maximum(-slack, 0.0), np.abs(duals * slack)), initial=0.0))
     gap = dual_value(win_rates, log_reference, tau, thresholds, duals) - value
-    return Optimum(reached, duals, log_policy, kl, value, gap, residual, feasible, best)
+    return Optimum(reached, duals, log_policy, kl, value, gap, residual, True, best)

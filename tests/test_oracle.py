@@ -317,3 +317,75 @@ def test_the_least_slack_is_the_linear_programmes(seed, prompts, responses, obje
     assert least_slack(win_rates[..., 1:], thresholds) == pytest.approx(-best.fun, abs=1e-7)
     if abs(best.fun) > 1e-6:
         assert solve(win_rates, log_reference, 0.1, thresholds).feasible == (best.fun < 0)
+
+
+# --------------------------------------------------------------------------------------------- properties
+
+SEEDS = st.integers(0, 10_000)
+
+
+@given(SEEDS, st.integers(1, 3), st.integers(2, 6), st.booleans(), st.sampled_from([0.5, 0.08, 0.01]))
+@settings(deadline=None, max_examples=60)
+def test_strong_duality(seed, prompts, responses, cyclic, tau):
+    win_rates, log_reference = problem(seed, prompts, responses, 3, cyclic)
+    found = solve(win_rates, log_reference, tau, reachable(win_rates, log_reference, seed))
+    assert_certified(found)
+
+
+@given(SEEDS, st.booleans())
+@settings(deadline=None, max_examples=60)
+def test_relabelling_responses_and_reordering_objectives_change_nothing(seed, cyclic):
+    win_rates, log_reference = problem(seed, 2, 5, 3, cyclic)
+    b = reachable(win_rates, log_reference, seed)
+    rng = np.random.default_rng(seed)
+    order, secondaries = rng.permutation(5), rng.permutation(2)
+    found = solve(win_rates, log_reference, 0.1, b)
+    relabelled = solve(win_rates[:, order], log_reference[:, order], 0.1, b)
+    np.testing.assert_allclose(relabelled.win_rates, found.win_rates, atol=1e-7)
+    np.testing.assert_allclose(np.exp(relabelled.log_policy), np.exp(found.log_policy)[:, order], atol=1e-6)
+    columns = np.concatenate([[0], 1 + secondaries])
+    reordered = solve(win_rates[:, :, columns], log_reference, 0.1, b[secondaries])
+    np.testing.assert_allclose(reordered.win_rates, found.win_rates[columns], atol=1e-7)
+
+
+@given(SEEDS, st.floats(1e-3, 1.0), st.floats(0.0, 1e3))
+@settings(deadline=None, max_examples=100)
+def test_nothing_overflows_at_small_tau_and_large_multipliers(seed, tau, dual):
+    win_rates, log_reference = problem(seed, 3, 6, 2)
+    duals = np.array([dual])
+    policy = np.exp(tilt(win_rates, log_reference, tau, duals))
+    assert np.isfinite(policy).all()
+    np.testing.assert_allclose(policy.sum(axis=1), 1.0, atol=1e-12)
+    assert np.isfinite(dual_value(win_rates, log_reference, tau, np.array([0.5]), duals))
+    assert np.isfinite(mean_kl(np.log(np.maximum(policy, 1e-300)), log_reference))
+
+
+@given(SEEDS, st.floats(-0.2, 0.2))
+@settings(deadline=None, max_examples=60)
+def test_a_multiplier_is_unbounded_exactly_where_its_threshold_is_infeasible(seed, beyond):
+    win_rates, log_reference = problem(seed, 2, 4, 2)
+    most = float(attainable(win_rates, log_reference)[1])
+    if abs(beyond) < 1e-3 or not 0 < most + beyond < 1:
+        return
+    found = solve(win_rates, log_reference, 0.1, np.array([most + beyond]))
+    assert found.feasible == (beyond < 0)
+    assert (found.duals[0] > 1e3) == (beyond > 0)
+
+
+@given(SEEDS)
+@settings(deadline=None, max_examples=30)
+def test_with_two_responses_and_one_prompt_the_optimum_is_known_in_closed_form(seed):
+    rng = np.random.default_rng(seed)
+    a, c = rng.random(2)  # P(first over second), under each objective
+    mu = rng.uniform(0.1, 0.9)
+    first, second = (
+        np.array([0.5 * mu + x * (1 - mu) for x in (a, c)]),
+        np.array([(1 - x) * mu + 0.5 * (1 - mu) for x in (a, c)]),
+    )
+    win_rates = np.stack([first, second])[None]
+    b = float(rng.uniform(min(first[1], second[1]), max(first[1], second[1])))
+    found = solve(win_rates, np.log([[mu, 1 - mu]]), 0.1, np.array([b]))
+    free = 1 / (1 + (1 - mu) / mu * np.exp(-(first[0] - second[0]) / 0.1))
+    needed = (b - second[1]) / (first[1] - second[1])  # the share of the first response at which R = b
+    share = max(free, needed) if first[1] > second[1] else min(free, needed)
+    assert np.exp(found.log_policy[0, 0]) == pytest.approx(share, abs=1e-6)

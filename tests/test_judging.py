@@ -28,3 +28,24 @@ def test_samples_off_the_support_have_no_part_in_the_offline_dual():
     np.testing.assert_allclose(found.duals, smaller.duals)
     np.testing.assert_allclose(found.win_rates, smaller.win_rates)
     assert found.log_policy[0, 2] == -math.inf
+
+
+def test_swapping_the_sides_of_a_pair_changes_nothing():
+    class Silent(torch.nn.Module):  # a preference model that never decides
+        def logits(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+            return (first[..., 0] - second[..., 0]) * 0.0
+
+    import mopo_cli.judging as judging
+    from mopo_cli.types import Example, Objective
+
+    objectives = [Objective("a", "primary", "a"), Objective("b", "secondary", "b")]
+    pairs, labels = ((0, 1), (0, 2), (1, 2)), ((1.0, 0.0), (0.5, 1.0), (0.0, math.nan))
+    swapped = tuple((b, a) for a, b in pairs), tuple(tuple(1.0 - i for i in row) for row in labels)
+    found = []
+    for sides in ((pairs, labels), swapped):
+        example = Example("?", ("x", "y", "z"), *sides)
+        p = judging.win_probabilities(Silent(), *[torch.zeros(3, 2, 1)] * 2)  # type: ignore[arg-type]
+        judging._write_labels(p, example, range(len(objectives)))
+        found.append(judging.leave_one_out(p[None], torch.ones(1, 3, dtype=torch.bool))[0])
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(found[0], torch.tensor([[0.75, 0.5], [0.0, 0.75], [0.75, 0.25]]))
