@@ -43,8 +43,8 @@ from mopo_cli.models.tabular import TabularPolicy
 from mopo_cli.runs import claim, write_json
 from mopo_cli.trainer import Trainer
 
-LISTED = 1000  # responses that stand for mu where preferences are exact
-ROWS = 1000  # sampled pairs a step
+LISTED = 200  # responses that stand for mu where preferences are exact
+ROWS = 500  # sampled pairs a step
 SAMPLES = (2000, 2)  # of the policy, in groups, for one on-policy estimate from sampled preferences
 GRID = 9  # thresholds
 

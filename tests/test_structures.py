@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 
@@ -130,5 +132,15 @@ class TestFront:
             exact = front(win_rates, directions(2, 200))
             span = np.linspace(exact[:, 1].min(), exact[:, 1].max() - 1e-6, 40)
             traced = np.stack([solve(win_rates, log_mu, 1e-3, np.array([b])).win_rates for b in span])
+            floor = win_rates[0].min(0)
+            assert dominated_volume(traced, floor) >= 0.98 * dominated_volume(exact, floor), name
+
+    def test_tracing_two_thresholds_recovers_the_front_of_three_objectives(self, canonical):
+        for name in ("partial_order", "antichain", "incomparable", "inconsistent"):
+            win_rates, log_mu = canonical[name].win_rates[None], np.log(canonical[name].mu)[None]
+            exact = front(win_rates, directions(3, 60))
+            spans = [np.linspace(exact[:, k].min(), exact[:, k].max() - 1e-6, 9) for k in (1, 2)]
+            found = [solve(win_rates, log_mu, 1e-3, np.array(b)) for b in product(*spans)]
+            traced = np.stack([optimum.win_rates for optimum in found if optimum.feasible])
             floor = win_rates[0].min(0)
             assert dominated_volume(traced, floor) >= 0.98 * dominated_volume(exact, floor), name
