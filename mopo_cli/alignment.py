@@ -223,8 +223,8 @@ class Alignment:
         numbers = self._heldout_numbers(step, prompts)
         asked = [self.heldout.tokens[i].prompt for i in numbers]
         seed = _mix(self.seed, step, 1)
-        texts = sample(self.policy, self.encoder, asked, responses, self.sampling, seed)
-        tokens, rates = judge_samples(self.judge, self.encoder, self.heldout, numbers, texts, self.collate)
+        drawn = sample(self.policy, self.encoder, asked, responses, self.sampling, seed)
+        tokens, rates = judge_samples(self.judge, self.heldout, numbers, drawn, self.collate)
         now = all_logps(self.policy, tokens, self.collate)
         before = reference_logps(self.policy, self.initial, tokens, self.collate)
         self.entropy.append(-float(torch.stack([a.mean() for a in now]).mean()))
@@ -266,8 +266,8 @@ class Alignment:
         started = time.perf_counter()
         numbers = self._heldout_numbers(0, max(1, self.onpolicy.prompts // 8))
         asked = [self.heldout.tokens[i].prompt for i in numbers]
-        texts = sample(self.policy, self.encoder, asked, responses, self.sampling, _mix(self.seed, 0, 3))
-        tokens, rates = judge_samples(self.judge, self.encoder, self.heldout, numbers, texts, self.collate)
+        drawn = sample(self.policy, self.encoder, asked, responses, self.sampling, _mix(self.seed, 0, 3))
+        tokens, rates = judge_samples(self.judge, self.heldout, numbers, drawn, self.collate)
         before = reference_logps(self.policy, self.initial, tokens, self.collate)
         self.method.observe(self._sampled(rates, before), record_only=True)
         p, uniform = empirical(torch.stack(rates), torch.stack(before) >= self.floor)
@@ -297,10 +297,10 @@ class Alignment:
         keep = np.random.default_rng(_mix(self.seed, step, 4)).permutation(len(numbers))[: self.onpolicy.train_prompts]
         numbers = [numbers[i] for i in sorted(keep.tolist())]
         asked = [self.train.tokens[i].prompt for i in numbers]
-        texts = sample(
+        drawn = sample(
             self.policy, self.encoder, asked, self.onpolicy.train_responses, self.sampling, _mix(self.seed, step, 5)
         )
-        tokens, rates = judge_samples(self.judge, self.encoder, self.train, numbers, texts, self.collate)
+        tokens, rates = judge_samples(self.judge, self.train, numbers, drawn, self.collate)
         behaviour = reference_logps(self.policy, self.initial, tokens, self.collate)
         lagged = (
             behaviour

@@ -144,8 +144,9 @@ def evaluate_samples(
     numbers = np.random.default_rng([seed, 11]).permutation(len(test.examples))[:count].tolist()
     examples = [test.examples[i] for i in numbers]
     asked = [test.tokens[i].prompt for i in numbers]
-    texts = sample(models.policy, models.encoder, asked, config.responses, sampling, seed + 104729)
-    tokens, model_rates = judge_samples(models.judge, models.encoder, test, numbers, texts, models.collate)
+    drawn = sample(models.policy, models.encoder, asked, config.responses, sampling, seed + 104729)
+    tokens, model_rates = judge_samples(models.judge, test, numbers, drawn, models.collate)
+    texts = [[d.text for d in draws] for draws in drawn]
     rates = judged_win_rates(data, examples, texts, model_rates)
     now = all_logps(models.policy, tokens, models.collate)
     before = reference_logps(models.policy, models.initial, tokens, models.collate)

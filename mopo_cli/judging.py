@@ -12,8 +12,9 @@ from torch import Tensor
 
 from mopo_cli.algorithms.mopo import leave_one_out
 from mopo_cli.data.prepare import as_text, preference
-from mopo_cli.data.tokens import Collator, Encoder, TokenRow
+from mopo_cli.data.tokens import Collator, TokenRow
 from mopo_cli.models.preference import PreferenceModel, features_of, win_probabilities
+from mopo_cli.models.sampling import Drawn
 from mopo_cli.types import Example, Objective
 
 SUPPORTING = 1000  # held-out rows that tell what the reference thinks of the data's responses
@@ -62,23 +63,23 @@ def _write_labels(p: Tensor, example: Example, columns: Sequence[int]) -> None:
 
 def judge_samples(
     model: PreferenceModel,
-    encoder: Encoder,
     rows: JudgedRows,
     numbers: Sequence[int],
-    texts: list[list[str]],
+    drawn: Sequence[Sequence[Drawn]],
     collate: Collator,
 ) -> tuple[list[TokenRow], list[Tensor]]:
-    """Token rows of sampled texts, and their (M, K) win rates against the data's responses to the same prompt.
+    """Token rows of samples, and their (M, K) win rates against the data's responses to the same prompt.
 
     The preference model judges; a computed objective is judged by its own scorer, which is exact.
     """
-    tokens = [_sampled_row(encoder, rows, i, t) for i, t in zip(numbers, texts, strict=True)]
+    tokens = [TokenRow(rows.tokens[i].prompt, [d.ids for d in draws]) for i, draws in zip(numbers, drawn, strict=True)]
     features = features_of(model, tokens, collate)
     rates = [win_probabilities(model, f, rows.features[i]).mean(1) for i, f in zip(numbers, features, strict=True)]
     for k, objective in enumerate(rows.objectives):
         if objective.scorer is not None:
-            for rate, i, responses in zip(rates, numbers, texts, strict=True):
-                rate[:, k] = torch.tensor(computed_rates(objective, rows.examples[i], responses), dtype=rate.dtype)
+            for rate, i, draws in zip(rates, numbers, drawn, strict=True):
+                values = computed_rates(objective, rows.examples[i], [d.text for d in draws])
+                rate[:, k] = torch.tensor(values, dtype=rate.dtype)
     return tokens, rates
 
 
@@ -102,12 +103,6 @@ def support_floor(logps: Sequence[Tensor], share: float) -> float:
     outside their support, and its judgement there is a guess: a policy that climbs it is over-optimised.
     """
     return float(torch.cat(list(logps)).double().quantile(share)) if share > 0 else -math.inf
-
-
-def _sampled_row(encoder: Encoder, rows: JudgedRows, number: int, texts: list[str]) -> TokenRow:
-    prompt = rows.tokens[number].prompt
-    room = encoder.max_length - len(prompt)
-    return TokenRow(prompt, [encoder.response_ids(text)[:room] for text in texts])
 
 
 def empirical(rates: Tensor, known: Tensor) -> tuple[np.ndarray, np.ndarray]:

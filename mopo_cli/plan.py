@@ -393,10 +393,10 @@ def sample_pool(
     with stage("samples", len(asked)) as progress:
         for start in range(0, len(asked), 50):
             part = slice(start, start + 50)
-            texts = sample(
+            drawn = sample(
                 inputs.policy, inputs.encoder, asked[part], config.plan.responses, config.sampling, config.seed + start
             )
-            tokens, judged = judge_samples(judge, inputs.encoder, heldout, numbers[part], texts, inputs.collate)
+            tokens, judged = judge_samples(judge, heldout, numbers[part], drawn, inputs.collate)
             logps = reference_logps(inputs.policy, snapshot(inputs.policy), tokens, inputs.collate)
             rates += judged
             known += [values >= floor for values in logps]

@@ -485,30 +485,22 @@ def first_token_probabilities(prompt: str, temperature: float = 1.0) -> np.ndarr
 
 
 def counts(prompts: list[str], draws: int, seed: int = 0, **changes: Any) -> list[np.ndarray]:
-    """How often each token came first; special tokens, which texts do not show, are counted together as token 0."""
+    """How often each token came first."""
     e = encoder()
     config = SamplingConfig(**{"max_new_tokens": 1, "batch_size": 1000, **changes})
     found = []
-    for texts in sample(SAMPLER, e, encoded(e, prompts), draws, config, seed):
-        assert len(texts) == draws
-        tally = Counter((e.tokenizer(text, add_special_tokens=False)["input_ids"] or [0])[0] for text in texts)  # type: ignore[index]
+    for drawn in sample(SAMPLER, e, encoded(e, prompts), draws, config, seed):
+        assert len(drawn) == draws
+        tally = Counter(d.ids[0] for d in drawn)
         found.append(np.array([tally[i] for i in range(30)]))
     return found
-
-
-def shown(probabilities: np.ndarray) -> np.ndarray:
-    """Probabilities with those of <pad>, </s> and <unk>, which a text leaves out, counted as token 0."""
-    merged = probabilities.copy()
-    merged[0] += merged[1] + merged[3]
-    merged[[1, 3]] = 0.0
-    return merged
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
 def test_samples_are_distributed_as_the_softmax(temperature):
     prompts = ["w1", "w2 w3 w4 w5", "w6 w7"]  # of different lengths: left-padded in one batch
     for prompt, tally in zip(prompts, counts(prompts, 3000, temperature=temperature), strict=True):
-        expected = 3000 * shown(first_token_probabilities(prompt, temperature))
+        expected = 3000 * first_token_probabilities(prompt, temperature)
         rare = expected < 5
         observed = np.append(tally[~rare], tally[rare].sum())
         wanted = np.append(expected[~rare], expected[rare].sum())
@@ -522,7 +514,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
     nucleus = np.zeros_like(p)
     nucleus[order[:size]] = p[order[:size]] / p[order[:size]].sum()
     (tally,) = counts(["w1"], 3000, top_p=0.5)
-    expected = 3000 * shown(nucleus)
+    expected = 3000 * nucleus
     assert not tally[expected == 0].any()
     assert chisquare(tally[expected > 0], expected[expected > 0]).pvalue > 1e-4
 
@@ -530,7 +522,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
 def test_a_temperature_near_zero_is_greedy():
     (tally,) = counts(["w1"], 50, temperature=1e-4)
     assert tally.max() == 50
-    assert tally.argmax() == shown(first_token_probabilities("w1")).argmax()
+    assert tally.argmax() == first_token_probabilities("w1").argmax()
 
 
 def test_the_seed_fixes_the_texts_and_touches_nothing_else():
@@ -549,9 +541,33 @@ def test_the_seed_fixes_the_texts_and_touches_nothing_else():
 
 def test_samples_stop_at_the_context_and_at_the_longest_response():
     e = encoder(max_length=8)
-    long, short = "w1 w2 w3 w4", "w1"
-    for texts in sample(SAMPLER, e, encoded(e, [long]), 20, SamplingConfig(max_new_tokens=50), 0):
-        assert max(len(text.split()) for text in texts) <= 3  # four words and a newline before it
+    long, short = encoded(e, ["w1 w2 w3 w4"]), encoded(e, ["w1"])
+    for drawn in sample(SAMPLER, e, long, 20, SamplingConfig(max_new_tokens=50), 0):
+        assert max(len(d.ids) for d in drawn) == 8 - len(long[0])
     e.rows([example("w1", "w2", "w3")])
-    for texts in sample(SAMPLER, e, encoded(e, [short]), 20, SamplingConfig(), 0):
-        assert max(len(text.split()) for text in texts) <= 2
+    for drawn in sample(SAMPLER, e, short, 20, SamplingConfig(), 0):
+        assert max(len(d.ids) for d in drawn) == 2  # a word and the end
+
+
+def test_ids_end_with_the_end_token_unless_they_were_cut_off():
+    e = encoder()
+    (drawn,) = sample(SAMPLER, e, encoded(e, ["w1"]), 400, SamplingConfig(max_new_tokens=3), 0)
+    end = e.tokenizer.eos_token_id
+    assert {d.ids[-1] == end for d in drawn} == {True, False}
+    for d in drawn:
+        assert end not in d.ids[:-1]
+        assert len(d.ids) == 3 or d.ids[-1] == end
+        assert d.text.split() == str(e.tokenizer.decode(d.ids, skip_special_tokens=True)).split()
+
+
+def test_log_probs_of_samples_are_those_of_what_was_drawn():
+    # E_pi[pi_ref / pi] = 1 over whatever is drawn, cut off or not
+    other = build({"model_type": "llama", **ROTARY, "vocab_size": 30, "intermediate_size": 40})
+    e = encoder()
+    prompts = encoded(e, ["w1 w2"])
+    (drawn,) = sample(SAMPLER, e, prompts, 4000, SamplingConfig(max_new_tokens=3, batch_size=4000), 0)
+    rows = [TokenRow(prompts[0], [d.ids]) for d in drawn]
+    ours, theirs = (torch.cat(all_logps(model, rows, Collator(0))) for model in (SAMPLER, other))
+    ratio = (theirs - ours).exp()
+    assert abs(float(ratio.mean()) - 1.0) < 4 * float(ratio.std()) / math.sqrt(len(ratio))
+    assert float((ours - theirs).mean()) > 0.0

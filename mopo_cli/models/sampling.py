@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,16 @@ from transformers import (
 from mopo_cli.config import SamplingConfig
 from mopo_cli.data.tokens import Encoder
 from mopo_cli.models.logprobs import unwrap
+
+
+class Drawn(NamedTuple):
+    """One sampled response. `ids` ends with the end-of-sequence token, unless it was cut off at the longest length.
+
+    Log-probs are those of `ids`: the text, encoded anew, may be other tokens, which the policy would hardly have taken.
+    """
+
+    text: str
+    ids: list[int]
 
 
 class InverseTransform(LogitsProcessor):
@@ -45,13 +56,13 @@ def _warpers(config: SamplingConfig) -> list[LogitsProcessor]:
 @torch.no_grad()
 def sample(
     model: nn.Module, encoder: Encoder, prompts: Sequence[list[int]], responses: int, config: SamplingConfig, seed: int
-) -> list[list[str]]:
-    """`responses` texts for each prompt of token ids. The same seed, weights and prompts give the same texts."""
+) -> list[list[Drawn]]:
+    """`responses` draws for each prompt of token ids. The same seed, weights and prompts give the same draws."""
     causal: PreTrainedModel = unwrap(model)  # type: ignore[assignment]
     device = next(causal.parameters()).device
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     per_batch = max(1, config.batch_size // responses)
-    texts: list[list[str]] = [[] for _ in prompts]
+    drawn: list[list[Drawn]] = [[] for _ in prompts]
     training = causal.training
     causal.eval()
     devices = [device] if device.type == "cuda" else []
@@ -60,13 +71,15 @@ def sample(
         for start in range(0, len(order), per_batch):
             numbers = order[start : start + per_batch]
             generated = _generate(causal, encoder, [prompts[i] for i in numbers], responses, config, device)
-            for position, text in enumerate(generated):
-                texts[numbers[position // responses]].append(text)
+            for position, one in enumerate(generated):
+                drawn[numbers[position // responses]].append(one)
     causal.train(training)
-    return texts
+    return drawn
 
 
-def _generate(causal, encoder: Encoder, ids, responses: int, config: SamplingConfig, device: torch.device) -> list[str]:
+def _generate(
+    causal, encoder: Encoder, ids, responses: int, config: SamplingConfig, device: torch.device
+) -> list[Drawn]:
     tokenizer = encoder.tokenizer
     longest = max(map(len, ids))
     new_tokens = max(1, min(config.max_new_tokens or encoder.longest_response, encoder.max_length - longest))
@@ -83,4 +96,10 @@ def _generate(causal, encoder: Encoder, ids, responses: int, config: SamplingCon
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+    end = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+    rows = [_until_end(row, end) for row in output[:, longest:].tolist()]
+    return [Drawn(*one) for one in zip(tokenizer.batch_decode(rows, skip_special_tokens=True), rows, strict=True)]
+
+
+def _until_end(ids: list[int], end: int) -> list[int]:
+    return ids[: ids.index(end) + 1] if end in ids else ids
