@@ -214,6 +214,7 @@ def _projection(axis: Axes, problem: Problem, records: Sequence[Record]) -> None
     shown = axis.tricontourf(
         problem.regularised[:, 1], problem.regularised[:, 2], problem.regularised[:, 0], 12, cmap="Greys", alpha=0.6
     )
+    axis.use_sticky_edges = False  # what lies on the region's edge keeps a margin
     axis.figure.colorbar(shown, ax=axis, label="primary's win rate at the optimum of (P)")
     axis.plot(
         problem.optima[:, 1],
@@ -253,15 +254,27 @@ def _reached(axis: Axes, records: Sequence[Record], x: int, y: int) -> None:
             linestyle="none",
             label="reached on the schedule, by β",
         )
-        for beta, point in zip(record.beta, points, strict=True):
+        for point, betas in _together(record.beta, points[:, [x, y]]):
             axis.annotate(
-                f"{beta:g}",
-                (point[x], point[y]),
+                ", ".join(f"{beta:g}" for beta in betas),
+                point,
                 xytext=(4, 4),
                 textcoords="offset points",
                 fontsize=7,
                 color=SCHEDULED,
             )
+
+
+def _together(betas: Sequence[float], points: np.ndarray) -> list[tuple[tuple[float, float], list[float]]]:
+    """Betas by the point they reached; those that a reader could not tell apart share one."""
+    groups: list[tuple[tuple[float, float], list[float]]] = []
+    for beta, (x, y) in zip(betas, points.tolist(), strict=True):
+        near = next((found for at, found in groups if abs(at[0] - x) < 0.01 and abs(at[1] - y) < 0.01), None)
+        if near is None:
+            groups.append(((x, y), [beta]))
+        else:
+            near.append(beta)
+    return groups
 
 
 # --------------------------------------------------------------------------------------------- mopo plan

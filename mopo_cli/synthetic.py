@@ -11,7 +11,8 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
@@ -43,10 +44,11 @@ from mopo_cli.models.tabular import TabularPolicy
 from mopo_cli.runs import claim, write_json
 from mopo_cli.trainer import Trainer
 
-LISTED = 200  # responses that stand for mu where preferences are exact
+LISTED = 100  # responses that stand for mu where preferences are exact
 ROWS = 500  # sampled pairs a step
-SAMPLES = (2000, 2)  # of the policy, in groups, for one on-policy estimate from sampled preferences
+SAMPLES = (5000, 2)  # of the policy, in groups, for one on-policy estimate from sampled preferences
 GRID = 9  # thresholds
+OFFLINE = 4  # steps between two offline estimates
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,25 +248,25 @@ class TabularAlignment:
         optimiser = OptimiserConfig(self.config.learning_rate, warmup=1, max_grad_norm=0.0, final_fraction=0.01)
         Trainer(accelerator, self.policy, optimiser, self.config.steps).fit(self._loss, self._before_step)
 
-    def _batch(self, number: int, logps: Tensor, sheet: Sheet, rows: Tensor | slice) -> LogpBatch:
+    def _shared(self, sheet: Sheet, rows: Tensor | slice) -> LogpBatch:
+        """The part of a batch that is the same for every run; log-probs of policy and reference are still mu's."""
         actions = sheet.actions[rows]
         everywhere = torch.ones(actions.shape, dtype=torch.bool)
-        return LogpBatch(
-            logps[number][actions],
-            self.reference[number][actions],
-            self.behaviour[actions],
-            sheet.win_rates[rows],
-            everywhere,
-            everywhere,
-        )
+        behaviour = self.behaviour[actions]
+        return LogpBatch(behaviour, behaviour, behaviour, sheet.win_rates[rows], everywhere, everywhere)
+
+    def _batch(self, number: int, logps: Tensor, actions: Tensor, shared: LogpBatch) -> LogpBatch:
+        """What one run sees of it."""
+        return replace(shared, policy_logps=logps[number][actions], reference_logps=self.reference[number][actions])
 
     def _loss(self, step: int, micro: int) -> Tensor:
         logps, sheet = self.policy(), self.evidence.train
         rows = torch.randint(len(sheet.actions), (min(ROWS, len(sheet.actions)),), generator=self.generator)
+        actions, shared = sheet.actions[rows], self._shared(sheet, rows)
         total = torch.zeros((), dtype=torch.float64)
         for number, method in enumerate(self.methods):
-            batch = self._batch(number, logps, sheet, rows)
-            if method.estimator == "offline":
+            batch = self._batch(number, logps, actions, shared)
+            if method.estimator == "offline" and step % OFFLINE == 0:
                 method.observe(method.estimate(batch))
             total = total + method.loss(batch).mean()
         return total
@@ -283,7 +285,7 @@ class TabularAlignment:
     def _estimate(self, number: int, method: Mopo, logps: Tensor) -> Estimate:
         if method.estimator != "onpolicy":
             sheet = self.evidence.heldout if method.estimator == "heldout" else self.evidence.train
-            return method.estimate(self._batch(number, logps, sheet, slice(None)))
+            return method.estimate(self._batch(number, logps, sheet.actions, self._shared(sheet, slice(None))))
         probabilities = logps[number].exp()
         if self.evidence.exact:
             return enumerated_estimate(probabilities[None], self.evidence.judged[None], method.tau)
@@ -302,9 +304,9 @@ def build_methods(
 ) -> list[Mopo]:
     """One method for each (thresholds, beta, t0).
 
-    The offline estimate is made at each step, so its share of the dual rate is a step's.
+    The offline estimate costs no sampling and is made more often, so its share of the dual rate is smaller.
     """
-    rate = config.dual_rate / (config.every if recipe.estimator == "offline" else 1)
+    rate = config.dual_rate * (OFFLINE / config.every if recipe.estimator == "offline" else 1.0)
     return [
         Mopo(
             ("primary", *(f"secondary {j + 1}" for j in range(len(thresholds)))),
@@ -324,40 +326,65 @@ def build_methods(
     ]
 
 
-def run_recipe(config: SyntheticConfig, problem: Problem, recipe: Recipe, betas: bool = False) -> Record:
-    """All thresholds of a problem by one recipe, or the adaptive schedule at every beta."""
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A recipe at every threshold of a problem, or on the adaptive schedule at every beta."""
+
+    recipe: Recipe
+    scheduled: bool
+    methods: list[Mopo]
+
+
+def trials_of(config: SyntheticConfig, problem: Problem, preferences: str) -> list[Trial]:
+    """Every recipe at the thresholds; the first recipe on the schedule, too, from the first kind of preferences."""
+    asked = [(tuple(b), 1.0, math.inf) for b in problem.thresholds.tolist()]
+    chosen = list(recipes(config, preferences))
+    found = [Trial(recipe, False, build_methods(config, recipe, asked)) for recipe in chosen]
+    if config.betas and preferences == config.preferences[0]:
+        free = (None,) * problem.thresholds.shape[1]
+        scheduled = [(free, beta, float(config.t0)) for beta in config.betas]
+        found.append(Trial(chosen[0], True, build_methods(config, chosen[0], scheduled)))
+    return found
+
+
+def run_problem(config: SyntheticConfig, problem: Problem, preferences: str) -> list[Record]:
+    """Every recipe on a problem, from one kind of preferences: one training, in which no run sees another."""
     started = time.perf_counter()
     structure = problem.structure
-    exact = recipe.preferences == "exact"
+    exact = preferences == "exact"
     evidence = exact_evidence(structure) if exact else sampled_evidence(structure, config.pairs, config.seed)
-    free = (None,) * problem.thresholds.shape[1]
-    asked = (
-        [(free, beta, float(config.t0)) for beta in config.betas]
-        if betas
-        else [(tuple(b), 1.0, math.inf) for b in problem.thresholds.tolist()]
-    )
-    stage_ = TabularAlignment(config, evidence, structure.mu, build_methods(config, recipe, asked), config.seed)
-    stage_.fit(Accelerator(cpu=True))
-    reached = stage_.win_rates(structure)
-    wanted = np.zeros((len(reached), 0)) if betas else problem.thresholds
-    optimum = np.zeros((len(reached), 0)) if betas else problem.optima
+    trials = trials_of(config, problem, preferences)
+    methods = [method for trial in trials for method in trial.methods]
+    alignment = TabularAlignment(config, evidence, structure.mu, methods, config.seed)
+    alignment.fit(Accelerator(cpu=True))
+    seconds = (time.perf_counter() - started) / len(methods)
+    reached = np.split(alignment.win_rates(structure), np.cumsum([len(trial.methods) for trial in trials])[:-1])
+    return [_record(config, problem, *one, seconds) for one in zip(trials, reached, strict=True)]
+
+
+def _record(config: SyntheticConfig, problem: Problem, trial: Trial, reached: np.ndarray, seconds: float) -> Record:
+    """What a trial reached, (T, K), beside what it should have; on the schedule nothing is asked of a run."""
+    recipe, size = trial.recipe, reached.shape[1]
+    wanted = np.zeros((len(reached), 0)) if trial.scheduled else problem.thresholds
+    optimum = np.zeros((len(reached), 0)) if trial.scheduled else problem.optima
+    win_rates = problem.structure.win_rates[None]
     return Record(
-        structure.name,
-        reached.shape[1],
+        problem.structure.name,
+        size,
         recipe.label,
         recipe.preferences,
         recipe.extraction,
         recipe.estimator,
         recipe.multipliers,
-        distance_to_front=max(pareto.distance_to_front(point, structure.win_rates[None]) for point in reached),
-        distance_to_optimum=math.nan if betas else float(np.abs(reached - optimum).max()),
-        violation=math.nan if betas else float(np.maximum(wanted - reached[:, 1:], 0.0).max()),
+        distance_to_front=max(pareto.distance_to_front(point, win_rates) for point in reached),
+        distance_to_optimum=math.nan if trial.scheduled else float(np.abs(reached - optimum).max()),
+        violation=math.nan if trial.scheduled else float(np.maximum(wanted - reached[:, 1:], 0.0).max()),
         hypervolume_ratio=_volume_ratio(problem, reached),
-        seconds=time.perf_counter() - started,
+        seconds=seconds * len(trial.methods),
         thresholds=wanted.tolist(),
         optimum=optimum.tolist(),
         reached=reached.tolist(),
-        beta=list(config.betas) if betas else None,
+        beta=list(config.betas) if trial.scheduled else None,
     )
 
 
@@ -409,14 +436,14 @@ def _sizes(structure: Structure, sizes: Sequence[int]) -> list[int]:
     return list(sizes)
 
 
-def recipes(config: SyntheticConfig) -> Iterator[Recipe]:
-    for preferences, chosen in product(config.preferences, config.recipes):
+def recipes(config: SyntheticConfig, preferences: str) -> Iterator[Recipe]:
+    for chosen in config.recipes:
         yield Recipe(preferences, chosen.extraction, chosen.multipliers, chosen.estimator)
 
 
 def check_recipes(config: SyntheticConfig) -> None:
     """A misspelt part of a recipe is said before anything runs."""
-    for recipe in recipes(config):
+    for recipe in recipes(config, config.preferences[0]):
         try:
             build_methods(config, recipe, [((None,), 1.0, math.inf)])
         except UserError as error:
@@ -424,23 +451,19 @@ def check_recipes(config: SyntheticConfig) -> None:
 
 
 def run_all(config: SyntheticConfig, problems: Sequence[Problem]) -> list[Record]:
-    """Every recipe on every problem, and the first recipe's schedule at every beta; one process a core."""
-    chosen = list(recipes(config))
-    jobs = [(problem, recipe, False) for problem in problems for recipe in chosen]
-    jobs += [(problem, chosen[0], True) for problem in problems if config.betas]
+    """Every problem from every kind of preferences; one process a core."""
+    jobs = list(product(problems, config.preferences))
     workers = max(1, min(config.processes or os.cpu_count() or 1, len(jobs)))
-    records: list[Record] = []
-    with stage("synthetic", len(jobs)) as progress:
+    with stage("synthetic", len(jobs)) as progress, ExitStack() as held:
         if workers == 1:
             done: Any = (_run_job(config, job) for job in jobs)
-            for record in done:
-                records.append(record)
-                progress.advance(len(records))
-            return records
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
-            for record in pool.map(partial(_run_job, config), jobs, chunksize=4):
-                records.append(record)
-                progress.advance(len(records))
+        else:
+            pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread)
+            done = held.enter_context(pool).map(partial(_run_job, config), jobs)
+        records: list[Record] = []
+        for number, found in enumerate(done, start=1):
+            records += found
+            progress.advance(number)
     return records
 
 
@@ -448,8 +471,8 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _run_job(config: SyntheticConfig, job: tuple[Problem, Recipe, bool]) -> Record:
-    return run_recipe(config, *job)
+def _run_job(config: SyntheticConfig, job: tuple[Problem, str]) -> list[Record]:
+    return run_problem(config, *job)
 
 
 def _of(name: str, problems: Sequence[Problem], records: Sequence[Record]) -> tuple[list[Problem], list[Record]]:

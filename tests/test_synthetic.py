@@ -11,7 +11,7 @@ import pytest
 from running import mopo, read_json
 
 from mopo_cli import config
-from mopo_cli.config import SyntheticConfig
+from mopo_cli.config import RecipeConfig, SyntheticConfig
 from mopo_cli.data.structures import Structure, read_structure
 from mopo_cli.synthetic import (
     Problem,
@@ -19,7 +19,7 @@ from mopo_cli.synthetic import (
     Record,
     exact_evidence,
     pose,
-    run_recipe,
+    run_problem,
     sampled_evidence,
 )
 
@@ -40,7 +40,12 @@ def problem(settings: SyntheticConfig, name: str, objectives: int) -> Problem:
 
 
 def run(settings: SyntheticConfig, name: str, objectives: int, **parts: str) -> Record:
-    return run_recipe(settings, problem(settings, name, objectives), replace(DEFAULT, **parts))
+    recipe = replace(DEFAULT, **parts)
+    only = RecipeConfig(recipe.extraction, recipe.multipliers, recipe.estimator)
+    (found,) = run_problem(
+        replace(settings, recipes=[only], betas=[]), problem(settings, name, objectives), recipe.preferences
+    )
+    return found
 
 
 class TestEvidence:
@@ -98,7 +103,8 @@ def test_the_barrier_tends_to_the_lagrangian(settings):
 
 
 def test_the_schedule_holds_what_was_reached(settings):
-    found = run_recipe(replace(settings, betas=[0.9, 1.0]), problem(settings, "antichain", 2), DEFAULT, betas=True)
+    chosen = replace(settings, recipes=settings.recipes[:1], betas=[0.9, 1.0])
+    _, found = run_problem(chosen, problem(settings, "antichain", 2), "exact")
     assert found.beta == [0.9, 1.0]
     assert math.isnan(found.violation)
     loose, tight = np.array(found.reached)
