@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -16,7 +17,7 @@ from mopo_cli.data.tokens import Collator, Encoder, TokenRow
 from mopo_cli.errors import UserError
 from mopo_cli.judging import JudgedRows, judge_rows
 from mopo_cli.models.load import load_policy, load_tokenizer
-from mopo_cli.models.logprobs import can_pack
+from mopo_cli.models.logprobs import attend_by_rows, can_pack
 from mopo_cli.models.preference import PreferenceModel
 from mopo_cli.runs import RunDirectory
 from mopo_cli.types import Example, PreferenceData
@@ -66,12 +67,13 @@ def prepare_inputs(config: TrainConfig, run: RunDirectory | None = None) -> Inpu
     if not packed:
         name = config.model.name or config.model.path
         say(f"{name}: its attention takes no packed mask; each response is encoded behind a prompt of its own")
+    apart = packed and not torch.cuda.is_available() and attend_by_rows(policy)  # many small kernels: not for a GPU
     return Inputs(
         data,
         tokenizer,
         encoder,
         policy,
-        Collator(int(tokenizer.pad_token_id), packed),  # type: ignore[arg-type]
+        Collator(int(tokenizer.pad_token_id), packed, apart),  # type: ignore[arg-type]
         {name: rows for name, (rows, _) in encoded.items()},
         {name: examples for name, (_, examples) in encoded.items()},
         method,

@@ -19,12 +19,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from mopo_cli.config import SamplingConfig
 from mopo_cli.data.tokens import Collator, Encoder, TokenRow, batch_rows, length_order, pack, row_length
 from mopo_cli.errors import UserError
+from mopo_cli.models import logprobs
 from mopo_cli.models.logprobs import (
     all_logps,
+    attend_by_rows,
     backbone_of,
     budget_batches,
     can_pack,
     gather_slots,
+    head_logps,
     response_logps,
     sequence_logps,
     splits,
@@ -35,7 +38,7 @@ from mopo_cli.types import Example
 
 torch.set_num_threads(1)  # threads only get in each other's way on tiny models
 
-PLAIN, PACKED = Collator(pad=0, packed=False), Collator(pad=0)
+PLAIN, PACKED, APART = Collator(pad=0, packed=False), Collator(pad=0), Collator(pad=0, apart=True)
 VOCABULARY = 48
 SHAPE = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SHAPE |= {"max_position_embeddings": 96, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
@@ -141,6 +144,10 @@ def test_packed_plain_and_by_hand_agree(name):
     assert_rows(response_logps(model, PLAIN(rows)), expected)
     assert can_pack(model, longest=32)
     assert_rows(response_logps(model, PACKED(rows)), expected)
+    if attend_by_rows(model):
+        assert_rows(response_logps(model, APART(rows)), expected)
+        assert_rows(response_logps(model, PLAIN(rows)), expected)  # and it still takes a batch without spans
+        assert_rows(response_logps(model, PACKED(rows)), expected)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -148,13 +155,94 @@ def test_packed_and_plain_gradients_agree(name):
     model, rows = build(ARCHITECTURES[name]), some_rows()
     weights = torch.tensor([[0.7, -1.2, 0.4], [1.0, 2.0, 0.0], [-0.6, 0.0, 0.0], [0.3, 0.1, 0.5]])
     grads = []
-    for collate in (PLAIN, PACKED):
+    for collate in (PLAIN, PACKED, *([APART] if attend_by_rows(model) else [])):
         model.zero_grad()
         (weights * response_logps(model, collate(rows))).sum().backward()
         grads.append([p.grad for p in model.parameters() if p.grad is not None])
-    assert len(grads[0]) == len(grads[1]) > 10
-    for plain, packed in zip(*grads, strict=True):
-        torch.testing.assert_close(packed, plain, atol=1e-4, rtol=1e-4)
+    for other in grads[1:]:
+        assert len(grads[0]) == len(other) > 10
+        for plain, packed in zip(grads[0], other, strict=True):
+            torch.testing.assert_close(packed, plain, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt2", "llama", "qwen2", "qwen3", "gemma"])
+def test_the_usual_models_attend_by_rows(name):
+    assert attend_by_rows(build(ARCHITECTURES[name]))
+
+
+def test_rows_are_taken_apart_under_gradient_checkpointing_too():
+    rows, found = some_rows(), []
+    for checkpointing in (False, True):
+        model = build(ARCHITECTURES["llama"]).train()
+        assert attend_by_rows(model)
+        if checkpointing:
+            model.gradient_checkpointing_enable()  # type: ignore[operator]
+        response_logps(model, APART(rows)).sum().backward()
+        found.append([p.grad for p in model.parameters()])
+    for plain, checkpointed in zip(*found, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
+def test_another_attention_is_left_alone():
+    model = build(ARCHITECTURES["llama"], attention="eager")
+    assert not attend_by_rows(model)
+    assert model.config._attn_implementation == "eager"  # type: ignore[union-attr]
+
+
+def test_a_saved_model_knows_nothing_of_our_attention(tmp_path):
+    model = build(ARCHITECTURES["llama"])
+    assert attend_by_rows(model)
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    assert "mopo" not in (tmp_path / "config.json").read_text()
+    rows = some_rows()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval().requires_grad_(False)
+    model.requires_grad_(False)
+    assert_rows(response_logps(loaded, PLAIN(rows)), by_hand(model, rows))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_chunked_head_is_the_whole_head(monkeypatch, bias, frozen):
+    torch.manual_seed(0)
+    head = nn.Linear(6, 11, bias=bias).double().requires_grad_(not frozen)
+    hidden, target = torch.randn(13, 6, dtype=torch.double, requires_grad=True), torch.randint(11, (13,))
+    weights = torch.randn(13)
+    monkeypatch.setattr(logprobs, "_CHUNK", (22, 22))  # two tokens at a time
+    found = []
+    for values in (head_logps(head, hidden, target), torch.log_softmax(head(hidden), -1)[range(13), target].float()):
+        head.zero_grad()
+        hidden.grad = None
+        (weights * values).sum().backward()
+        found.append((values, hidden.grad, *(p.grad for p in head.parameters())))
+    for ours, whole in zip(*found, strict=True):
+        if whole is None:
+            assert ours is None
+        else:
+            torch.testing.assert_close(ours, whole, atol=1e-6, rtol=1e-6)
+
+
+def test_a_head_in_bfloat16_sums_its_gradient_in_float32(monkeypatch):
+    torch.manual_seed(0)
+    head, hidden, target = nn.Linear(8, 9, bias=False), torch.randn(400, 8), torch.randint(9, (400,))
+    exact = torch.autograd.grad(-nn.functional.cross_entropy(head(hidden), target, reduction="sum"), head.weight)[0]
+    monkeypatch.setattr(logprobs, "_CHUNK", (9, 9))  # one token at a time: 400 terms
+    low = nn.Linear(8, 9, bias=False, dtype=torch.bfloat16)
+    low.weight.data.copy_(head.weight)
+    head_logps(low, hidden.bfloat16(), target).sum().backward()
+    assert low.weight.grad is not None
+    assert float((low.weight.grad.float() - exact).norm() / exact.norm()) < 0.01
+
+
+def test_a_head_that_is_more_than_linear_is_chunked_as_well(monkeypatch):
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 3.0 * super().forward(x)
+
+    torch.manual_seed(0)
+    head, hidden, target = Scaled(6, 11), torch.randn(13, 6), torch.randint(11, (13,))
+    monkeypatch.setattr(logprobs, "_CHUNK", (22, 22))
+    expected = torch.log_softmax(head(hidden), -1)[range(13), target]
+    torch.testing.assert_close(head_logps(head, hidden, target), expected)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

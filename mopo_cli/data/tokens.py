@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,14 +27,23 @@ class TokenRow:
     responses: list[list[int]]
 
 
+class Span(NamedTuple):
+    """Where a row stands in its sequence, and (1, 1, T, T) what its tokens may look at: True for what they may."""
+
+    start: int
+    end: int
+    mask: Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
     """Sequences with the places that matter: N responses in all, R response tokens, S sequences of T tokens.
 
-    Packed: a prompt stands once in front of all its responses and several rows may share a sequence; attention_mask is
-    (S, 1, T, T), True where a token may look, and positions restart. Plain: a sequence per response, right-padded, with
-    a (S, T) mask and no positions of its own. Everything downstream reads `source`, `target`, `owner`, `last` and
-    `slot`, so it does not care which.
+    A prompt stands once in front of all its responses, and positions restart with each row. Apart: all rows follow each
+    other in one sequence without padding; attention is told the rows' `spans` and works on each by itself, so
+    attention_mask only stands in. Packed: several rows may share a sequence; attention_mask is (S, 1, T, T), True
+    where a token may look. Plain: a sequence per response, right-padded, with a (S, T) mask and no positions of its own.
+    Everything downstream reads `source`, `target`, `owner`, `last` and `slot`, so it does not care which.
     """
 
     input_ids: Tensor  # (S, T)
@@ -43,10 +54,14 @@ class TokenBatch:
     owner: Tensor  # (R,) the response it belongs to, 0 .. N-1
     last: Tensor  # (N,) flat position of each response's last token
     slot: Tensor  # (B, G) the number of response g of row b, -1 where the row has fewer
+    spans: tuple[Span, ...] | None = None
 
     def to(self, device: torch.device) -> TokenBatch:
-        values = (getattr(self, name) for name in self.__slots__)
-        return TokenBatch(*(None if v is None else v.to(device) for v in values))  # type: ignore[arg-type]
+        def moved(value: object) -> object:
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        spans = self.spans and tuple(Span(s.start, s.end, s.mask.to(device)) for s in self.spans)
+        return TokenBatch(*(moved(getattr(self, name)) for name in self.__slots__[:-1]), spans)  # type: ignore[arg-type]
 
 
 class Encoder:
@@ -139,13 +154,16 @@ class Collator:
 
     pad: int
     packed: bool = True  # False for models that cannot take the packed mask
+    apart: bool = False  # True for models that attend row by row (models/logprobs.py); needs `packed`
 
     def __call__(self, rows: Sequence[TokenRow]) -> TokenBatch:
         counts = [len(row.responses) for row in rows]
         first = np.cumsum([0, *counts])
         places = np.arange(max(counts))
         slot = np.where(places < np.array(counts)[:, None], first[:-1, None] + places, -1)
-        if self.packed:
+        if self.apart:
+            pieces, length = [list(range(len(rows)))], sum(map(row_length, rows))
+        elif self.packed:
             pieces, length = pack(rows)
         else:  # each response behind a prompt of its own
             rows, first = [TokenRow(row.prompt, [r]) for row in rows for r in row.responses], np.arange(first[-1] + 1)
@@ -155,7 +173,7 @@ class Collator:
             start = 0
             for i in piece:
                 start = layout.place(s, start, rows[i], int(first[i]))
-        return layout.batch(slot, self.packed)
+        return layout.batch(slot, self.packed, self.apart)
 
 
 def row_length(row: TokenRow) -> int:
@@ -227,14 +245,16 @@ class _Layout:
             begin = end
         return begin
 
-    def batch(self, slot: np.ndarray, packed: bool) -> TokenBatch:
+    def batch(self, slot: np.ndarray, packed: bool, apart: bool) -> TokenBatch:
         ids, row = torch.from_numpy(self.ids), torch.from_numpy(self.row)
+        spans = None
         if packed:
-            segment = torch.from_numpy(self.segment)
-            same_row = row[:, :, None] == row[:, None, :]
-            visible = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
-            mask = (same_row & visible).tril()[:, None]
-            positions = torch.from_numpy(self.positions)
+            segment, positions = torch.from_numpy(self.segment), torch.from_numpy(self.positions)
+            if apart:
+                spans = _spans(self.row[0], segment[0])
+                mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)  # stands for the spans'
+            else:
+                mask = ((row[:, :, None] == row[:, None, :]) & _visible(segment)).tril()[:, None]
         else:
             mask, positions = (row >= 0).long(), None
         return TokenBatch(
@@ -246,7 +266,19 @@ class _Layout:
             torch.tensor(self.owner),
             torch.tensor([self.last[n] for n in range(len(self.last))]),
             torch.from_numpy(slot),
+            spans,
         )
+
+
+def _visible(segment: Tensor) -> Tensor:
+    """(S, T, T) whether a token is of the prompt, or of the same response as the one that looks."""
+    return (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
+
+
+def _spans(row: np.ndarray, segment: Tensor) -> tuple[Span, ...]:
+    """The rows of one sequence, (T,) their numbers in order."""
+    edges = np.flatnonzero(np.diff(row, prepend=-1, append=row[-1] + 1)).tolist()
+    return tuple(Span(start, end, _visible(segment[None, start:end]).tril()[:, None]) for start, end in pairwise(edges))
 
 
 def batch_rows(size: int, batch: int, seed: int, step: int) -> list[int]:

@@ -1,53 +1,153 @@
 """log pi(y|x): the one place where every method gets its log-probs.
 
-The output head runs on response tokens only, and the log-softmax is taken in float32 whatever the model's dtype.
+The output head runs on response tokens only, some at a time, and the log-softmax is taken in float32 whatever the
+model's dtype: logits of a whole batch are never held, neither forward nor for the backward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from mopo_cli.data.tokens import Collator, TokenBatch, TokenRow, length_order, row_length
 
+ROW_ATTENTION = "mopo_rows"  # its name among transformers' attention implementations
+_CHUNK = (2**22, 2**26)  # logits held at once, on a CPU and on a GPU
 _SPLITS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # what `splits` found, a model
 
 
 def sequence_logps(model: nn.Module, batch: TokenBatch) -> Tensor:
     """(N,) float32 sum of log-probs of the response tokens of each response."""
-    logits = _response_logits(model, batch)  # (R, V)
-    token_logps = -nn.functional.cross_entropy(logits.float(), batch.target, reduction="none")
-    return torch.zeros(len(batch.last), dtype=torch.float32, device=logits.device).index_add(
-        0, batch.owner, token_logps
-    )
+    values = token_logps(model, batch)
+    return torch.zeros(len(batch.last), dtype=torch.float32, device=values.device).index_add(0, batch.owner, values)
 
 
-def _inputs(model: nn.Module, batch: TokenBatch) -> dict[str, Tensor | bool]:
+def token_logps(model: nn.Module, batch: TokenBatch) -> Tensor:
+    """(R,) float32 log-prob of each response token."""
+    causal = unwrap(model)
+    if causal not in _SPLITS:
+        _SPLITS[causal] = splits(causal)
+    if not _SPLITS[causal]:
+        logits = causal(**_inputs(causal, batch)).logits.flatten(0, 1)[batch.source]
+        return -nn.functional.cross_entropy(logits.float(), batch.target, reduction="none")
+    hidden = hidden_states(backbone_of(causal), batch, batch.source)  # type: ignore[arg-type]
+    return head_logps(causal.get_output_embeddings(), hidden, batch.target)  # type: ignore[operator]
+
+
+def head_logps(head: nn.Module, hidden: Tensor, target: Tensor) -> Tensor:
+    """(R,) float32 log softmax(head(hidden))[target], some tokens at a time; made again in the backward pass."""
+    chunk = max(1, _CHUNK[hidden.device.type == "cuda"] // _vocabulary(head))
+    if type(head) is nn.Linear:
+        return _HeadLogps.apply(hidden, head.weight, head.bias, target, chunk)  # type: ignore[return-value]
+    parts = zip(hidden.split(chunk), target.split(chunk), strict=True)
+    return torch.cat([checkpoint(_plain_head_logps, head, h, t, use_reentrant=False) for h, t in parts])  # type: ignore[arg-type]
+
+
+def _plain_head_logps(head: nn.Module, hidden: Tensor, target: Tensor) -> Tensor:
+    return -nn.functional.cross_entropy(head(hidden).float(), target, reduction="none")
+
+
+def _vocabulary(head: nn.Module) -> int:
+    return int(getattr(head, "out_features", 0) or head.weight.shape[0])  # type: ignore[union-attr]
+
+
+class _HeadLogps(torch.autograd.Function):
+    """Log-probs under a linear head. Saves its inputs and one number a token; gradients are summed in float32."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, chunk: int) -> Tensor:
+        normaliser = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        values = torch.empty_like(normaliser)
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            logits = nn.functional.linear(hidden[part], weight, bias).float()
+            normaliser[part] = logits.logsumexp(-1)
+            values[part] = logits.gather(1, target[part, None])[:, 0]
+        ctx.save_for_backward(hidden, weight, bias, target, normaliser)
+        ctx.chunk = chunk
+        return values - normaliser
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # type: ignore[override]
+        hidden, weight, bias, target, normaliser = ctx.saved_tensors
+        for_hidden, for_weight, for_bias = (needed for needed in ctx.needs_input_grad[:3])
+        of_hidden = torch.empty_like(hidden) if for_hidden else None
+        of_weight = torch.zeros_like(weight, dtype=torch.float32) if for_weight else None
+        of_bias = torch.zeros_like(bias, dtype=torch.float32) if for_bias else None
+        for start in range(0, len(hidden), ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            logits = nn.functional.linear(hidden[part], weight, bias).float()
+            slope = logits.sub_(normaliser[part, None]).exp_().mul_(-gradient[part, None])
+            slope.scatter_add_(1, target[part, None], gradient[part, None])
+            low = slope.to(weight.dtype)
+            if of_hidden is not None:
+                of_hidden[part] = low @ weight
+            if of_weight is not None:
+                if weight.dtype == torch.float32:
+                    of_weight.addmm_(low.T, hidden[part])
+                else:
+                    of_weight += low.T @ hidden[part]
+            if of_bias is not None:
+                of_bias += slope.sum(0)
+        return of_hidden, _like(of_weight, weight), _like(of_bias, bias), None, None
+
+
+def _like(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    return None if gradient is None or parameter is None else gradient.to(parameter.dtype)
+
+
+def _inputs(model: nn.Module, batch: TokenBatch) -> dict[str, Any]:
     mask = batch.attention_mask
     if mask.dim() == 4 and getattr(model.config, "_attn_implementation", None) == "eager":
         # eager attention adds the mask to its scores
         mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)  # type: ignore[arg-type]
-    inputs: dict[str, Tensor | bool] = {"input_ids": batch.input_ids, "attention_mask": mask, "use_cache": False}
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": mask, "use_cache": False}
+    if batch.spans is not None:
+        inputs["row_spans"] = batch.spans
     return inputs if batch.position_ids is None else {**inputs, "position_ids": batch.position_ids}
+
+
+def _attend_rows(module: nn.Module, query, key, value, attention_mask, row_spans=None, **settings):
+    """Attention of transformers' "sdpa", row by row where a batch has spans: no padding, and no row looks at others."""
+    if row_spans is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    parts = []
+    for start, end, mask in row_spans:
+        q, k, v = (x[:, :, start:end] for x in (query, key, value))
+        parts.append(sdpa_attention_forward(module, q, k, v, mask, **settings)[0])
+    return torch.cat(parts, dim=1), None
+
+
+AttentionInterface.register(ROW_ATTENTION, _attend_rows)
+AttentionMaskInterface.register(ROW_ATTENTION, sdpa_mask)
+
+
+def attend_by_rows(model: nn.Module) -> bool:
+    """Give a model with "sdpa" attention the one that takes rows apart; whether it has it now.
+
+    Left as it was where the log-probs of a few made-up tokens come out different.
+    """
+    causal = unwrap(model)
+    if getattr(causal.config, "_attn_implementation", None) != "sdpa":
+        return False
+    causal.set_attn_implementation(ROW_ATTENTION)  # type: ignore[operator]
+    if _agree(model, Collator(0, True, True), Collator(0, False)):
+        return True
+    causal.set_attn_implementation("sdpa")  # type: ignore[operator]
+    return False
 
 
 def hidden_states(backbone: nn.Module, batch: TokenBatch, places: Tensor) -> Tensor:
     """(n, H) outputs of the transformer at n flat positions of the batch."""
     return backbone(**_inputs(backbone, batch)).last_hidden_state.flatten(0, 1)[places]
-
-
-def _response_logits(model: nn.Module, batch: TokenBatch) -> Tensor:
-    """(R, V) logits at the positions that predict a response token: by backbone and head where the model splits so."""
-    causal = unwrap(model)
-    if causal not in _SPLITS:
-        _SPLITS[causal] = splits(causal)
-    if not _SPLITS[causal]:
-        return causal(**_inputs(causal, batch)).logits.flatten(0, 1)[batch.source]
-    return causal.get_output_embeddings()(hidden_states(backbone_of(causal), batch, batch.source))  # type: ignore[operator]
 
 
 @torch.no_grad()
@@ -84,17 +184,23 @@ def can_pack(model: nn.Module, longest: int | None = None) -> bool:
     `longest` tokens (where that is not given, a model with a window is not packed).
     """
     causal = unwrap(model)
-    parameter = next(model.parameters())
     window = _attention_window(causal)
     if window is not None and (longest is None or longest > window):
         return False
-    rows = _made_up_rows(causal)
+    return _agree(model, Collator(0, True), Collator(0, False))
+
+
+@torch.no_grad()
+def _agree(model: nn.Module, first: Collator, second: Collator) -> bool:
+    """Whether two layouts of a few made-up tokens have the same log-probs."""
+    parameter = next(model.parameters())
+    rows = _made_up_rows(unwrap(model))
     training = model.training
     model.eval()
     try:
-        packed, plain = (sequence_logps(model, Collator(0, p)(rows).to(parameter.device)) for p in (True, False))
+        ours, theirs = (sequence_logps(model, collate(rows).to(parameter.device)) for collate in (first, second))
         relative, absolute = (1e-4, 2e-3) if parameter.dtype == torch.float32 else (5e-3, 5e-2)
-        return bool(torch.allclose(packed, plain, rtol=relative, atol=absolute))
+        return bool(torch.allclose(ours, theirs, rtol=relative, atol=absolute))
     except (RuntimeError, TypeError, ValueError, IndexError):
         return False
     finally:
