@@ -32,7 +32,13 @@ lint: $(INSTALLED) ## ruff and pyright
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: $(INSTALLED) ## time and memory of the main commands, against their targets
+bench: $(INSTALLED) ## a training step beside the peer's and the machine's limit; how it grows (about 25 minutes)
+	$(BIN)/python tests/bench_speed.py $(ARGS)
+
+bench-small: $(INSTALLED) ## the same for the smallest model alone (under five minutes)
+	$(BIN)/python tests/bench_speed.py --small
+
+bench-commands: $(INSTALLED) ## time and memory of the main commands, against their targets
 	$(BIN)/python tests/bench.py $(ARGS)
 
 quality: $(INSTALLED) ## the table of docs/results.md: exact win rates over thresholds and seeds (about half an hour)
@@ -51,4 +57,4 @@ lock: $(INSTALLED) ## renew constraints.txt from pyproject.toml
 clean: ## remove .venv and build leftovers; outputs/ stays
 	rm -rf $(VENV) dist build *.egg-info .pytest_cache .ruff_cache
 
-.PHONY: help install train test test-quick lint bench quality wheel lock clean
+.PHONY: help install train test test-quick lint bench bench-small bench-commands quality wheel lock clean

@@ -1,4 +1,4 @@
-"""`make bench`: wall time and memory of the main commands on this machine, beside their targets."""
+"""`make bench-commands`: wall time and memory of the main commands on this machine, beside their targets."""
 
 from __future__ import annotations
 

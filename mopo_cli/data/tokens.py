@@ -42,7 +42,7 @@ class TokenBatch:
     A prompt stands once in front of all its responses, and positions restart with each row. Apart: all rows follow each
     other in one sequence without padding; attention is told the rows' `spans` and works on each by itself, so
     attention_mask only stands in. Packed: several rows may share a sequence; attention_mask is (S, 1, T, T), True
-    where a token may look. Plain: a sequence per response, right-padded, with a (S, T) mask and no positions of its own.
+    where a token may look. Plain: a sequence per response, right-padded, with a (S, T) mask and without positions.
     Everything downstream reads `source`, `target`, `owner`, `last` and `slot`, so it does not care which.
     """
 
