@@ -13,7 +13,7 @@ from mopo_cli.algorithms.mopo import Mopo
 from mopo_cli.config import TrainConfig
 from mopo_cli.console import say, stage, warn
 from mopo_cli.data.prepare import as_text, build, load
-from mopo_cli.data.tokens import Collator, Encoder, TokenRow
+from mopo_cli.data.tokens import Collator, Encoder, TokenRow, row_length
 from mopo_cli.errors import UserError
 from mopo_cli.judging import JudgedRows, judge_rows
 from mopo_cli.models.load import load_policy, load_tokenizer
@@ -21,6 +21,8 @@ from mopo_cli.models.logprobs import attend_by_rows, can_pack
 from mopo_cli.models.preference import PreferenceModel
 from mopo_cli.runs import RunDirectory
 from mopo_cli.types import Example, PreferenceData
+
+LONG = 128  # tokens of a row, on average, from which attention to each apart beats padding; not on a GPU
 
 
 @dataclass
@@ -67,7 +69,9 @@ def prepare_inputs(config: TrainConfig, run: RunDirectory | None = None) -> Inpu
     if not packed:
         name = config.model.name or config.model.path
         say(f"{name}: its attention takes no packed mask; each response is encoded behind a prompt of its own")
-    apart = packed and not torch.cuda.is_available() and attend_by_rows(policy)  # many small kernels: not for a GPU
+    rows = encoded["train"][0]
+    long = sum(map(row_length, rows)) > LONG * len(rows)
+    apart = packed and long and not torch.cuda.is_available() and attend_by_rows(policy)
     return Inputs(
         data,
         tokenizer,

@@ -28,7 +28,7 @@ class TokenRow:
 
 
 class Span(NamedTuple):
-    """Where a row stands in its sequence, and (1, 1, T, T) what its tokens may look at: True for what they may."""
+    """A stretch of whole rows in a sequence, and (1, 1, T, T) what its tokens may look at: True for what they may."""
 
     start: int
     end: int
@@ -39,11 +39,11 @@ class Span(NamedTuple):
 class TokenBatch:
     """Sequences with the places that matter: N responses in all, R response tokens, S sequences of T tokens.
 
-    A prompt stands once in front of all its responses, and positions restart with each row. Apart: all rows follow each
-    other in one sequence without padding; attention is told the rows' `spans` and works on each by itself, so
-    attention_mask only stands in. Packed: several rows may share a sequence; attention_mask is (S, 1, T, T), True
-    where a token may look. Plain: a sequence per response, right-padded, with a (S, T) mask and without positions.
-    Everything downstream reads `source`, `target`, `owner`, `last` and `slot`, so it does not care which.
+    A prompt stands once in front of all its responses, and positions restart with each row. Apart: all rows follow
+    each other in one sequence without padding; attention is told its `spans`, a long row or some short ones, and works
+    on each by itself, so attention_mask only stands in. Packed: several rows may share a sequence; attention_mask is
+    (S, 1, T, T), True where a token may look. Plain: a sequence per response, right-padded, with a (S, T) mask and
+    without positions. Everything downstream reads `source`, `target`, `owner`, `last` and `slot`: it does not care.
     """
 
     input_ids: Tensor  # (S, T)
@@ -161,8 +161,11 @@ class Collator:
         first = np.cumsum([0, *counts])
         places = np.arange(max(counts))
         slot = np.where(places < np.array(counts)[:, None], first[:-1, None] + places, -1)
+        edges = None
         if self.apart:
-            pieces, length = [list(range(len(rows)))], sum(map(row_length, rows))
+            groups, _ = pack(rows, alone=True)
+            edges = np.cumsum([0, *(sum(row_length(rows[i]) for i in group) for group in groups)]).tolist()
+            pieces, length = [[i for group in groups for i in group]], edges[-1]
         elif self.packed:
             pieces, length = pack(rows)
         else:  # each response behind a prompt of its own
@@ -173,7 +176,7 @@ class Collator:
             start = 0
             for i in piece:
                 start = layout.place(s, start, rows[i], int(first[i]))
-        return layout.batch(slot, self.packed, self.apart)
+        return layout.batch(slot, self.packed, edges)
 
 
 def row_length(row: TokenRow) -> int:
@@ -181,11 +184,11 @@ def row_length(row: TokenRow) -> int:
     return len(row.prompt) + sum(map(len, row.responses))
 
 
-def pack(rows: Sequence[TokenRow], least: int = 128) -> tuple[list[list[int]], int]:
+def pack(rows: Sequence[TokenRow], least: int = 128, alone: bool = False) -> tuple[list[list[int]], int]:
     """Row numbers gathered into sequences of one length: the longest first, each into the first sequence with room.
 
     The length is that of the longest row, `least` at the least: long enough that little is padding, short enough that
-    the attention's square does not show.
+    the attention's square does not show. With `alone` a row longer than `least` has a sequence to itself.
     """
     length = max(least, *map(row_length, rows))
     pieces: list[list[int]] = []
@@ -195,7 +198,7 @@ def pack(rows: Sequence[TokenRow], least: int = 128) -> tuple[list[list[int]], i
         place = next((p for p, free in enumerate(room) if free >= size), len(room))
         if place == len(room):
             pieces.append([])
-            room.append(length)
+            room.append(max(least, size) if alone else length)
         pieces[place].append(i)
         room[place] -= size
     return pieces, length - min(room)
@@ -245,16 +248,17 @@ class _Layout:
             begin = end
         return begin
 
-    def batch(self, slot: np.ndarray, packed: bool, apart: bool) -> TokenBatch:
+    def batch(self, slot: np.ndarray, packed: bool, edges: list[int] | None) -> TokenBatch:
         ids, row = torch.from_numpy(self.ids), torch.from_numpy(self.row)
         spans = None
         if packed:
             segment, positions = torch.from_numpy(self.segment), torch.from_numpy(self.positions)
-            if apart:
-                spans = _spans(self.row[0], segment[0])
+            if edges is not None:
+                parts = [(start, end, slice(start, end)) for start, end in pairwise(edges)]
+                spans = tuple(Span(start, end, _visible(row[:, at], segment[:, at])) for start, end, at in parts)
                 mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)  # stands for the spans'
             else:
-                mask = ((row[:, :, None] == row[:, None, :]) & _visible(segment)).tril()[:, None]
+                mask = _visible(row, segment)
         else:
             mask, positions = (row >= 0).long(), None
         return TokenBatch(
@@ -270,15 +274,10 @@ class _Layout:
         )
 
 
-def _visible(segment: Tensor) -> Tensor:
-    """(S, T, T) whether a token is of the prompt, or of the same response as the one that looks."""
-    return (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
-
-
-def _spans(row: np.ndarray, segment: Tensor) -> tuple[Span, ...]:
-    """The rows of one sequence, (T,) their numbers in order."""
-    edges = np.flatnonzero(np.diff(row, prepend=-1, append=row[-1] + 1)).tolist()
-    return tuple(Span(start, end, _visible(segment[None, start:end]).tril()[:, None]) for start, end in pairwise(edges))
+def _visible(row: Tensor, segment: Tensor) -> Tensor:
+    """(S, 1, T, T) whether a token looks at one before it: of its row's prompt, or of its own response."""
+    allowed = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
+    return ((row[:, :, None] == row[:, None, :]) & allowed).tril()[:, None]
 
 
 def batch_rows(size: int, batch: int, seed: int, step: int) -> list[int]:

@@ -69,8 +69,9 @@ class _HeadLogps(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             logits = nn.functional.linear(hidden[part], weight, bias).float()
-            normaliser[part] = logits.logsumexp(-1)
             values[part] = logits.gather(1, target[part, None])[:, 0]
+            most = logits.amax(-1, keepdim=True)
+            normaliser[part] = logits.sub_(most).exp_().sum(-1).log_() + most[:, 0]
         ctx.save_for_backward(hidden, weight, bias, target, normaliser)
         ctx.chunk = chunk
         return values - normaliser
@@ -116,13 +117,12 @@ def _inputs(model: nn.Module, batch: TokenBatch) -> dict[str, Any]:
 
 
 def _attend_rows(module: nn.Module, query, key, value, attention_mask, row_spans=None, **settings):
-    """Attention of transformers' "sdpa", row by row where a batch has spans: no padding, and no row looks at others."""
+    """Attention of transformers' "sdpa", span by span where a batch has them: nothing is padded."""
     if row_spans is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-    parts = []
-    for start, end, mask in row_spans:
-        q, k, v = (x[:, :, start:end] for x in (query, key, value))
-        parts.append(sdpa_attention_forward(module, q, k, v, mask, **settings)[0])
+    lengths = [end - start for start, end, _ in row_spans]
+    pieces = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), row_spans, strict=True)
+    parts = [sdpa_attention_forward(module, q, k, v, span.mask, **settings)[0] for q, k, v, span in pieces]
     return torch.cat(parts, dim=1), None
 
 
