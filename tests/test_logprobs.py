@@ -202,12 +202,13 @@ def test_a_saved_model_knows_nothing_of_our_attention(tmp_path):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_the_chunked_head_is_the_whole_head(monkeypatch, bias, frozen):
+@pytest.mark.parametrize("chunk", [22, 1000])  # two tokens at a time; all at once
+def test_the_chunked_head_is_the_whole_head(monkeypatch, bias, frozen, chunk):
     torch.manual_seed(0)
     head = nn.Linear(6, 11, bias=bias).double().requires_grad_(not frozen)
     hidden, target = torch.randn(13, 6, dtype=torch.double, requires_grad=True), torch.randint(11, (13,))
     weights = torch.randn(13)
-    monkeypatch.setattr(logprobs, "_CHUNK", (22, 22))  # two tokens at a time
+    monkeypatch.setattr(logprobs, "_CHUNK", (chunk, chunk))
     found = []
     for values in (head_logps(head, hidden, target), torch.log_softmax(head(hidden), -1)[range(13), target].float()):
         head.zero_grad()

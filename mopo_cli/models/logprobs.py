@@ -1,7 +1,7 @@
 """log pi(y|x): the one place where every method gets its log-probs.
 
 The output head runs on response tokens only, some at a time, and the log-softmax is taken in float32 whatever the
-model's dtype: logits of a whole batch are never held, neither forward nor for the backward pass.
+model's dtype: of a large batch the logits are never held as a whole, neither forward nor for the backward pass.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers.masking_utils import sdpa_mask
 from mopo_cli.data.tokens import Collator, TokenBatch, TokenRow, length_order, row_length
 
 ROW_ATTENTION = "mopo_rows"  # its name among transformers' attention implementations
-_CHUNK = (2**22, 2**26)  # logits held at once, on a CPU and on a GPU
+_CHUNK = (2**23, 2**26)  # logits held at once, on a CPU and on a GPU
 _SPLITS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # what `splits` found, a model
 
 
@@ -60,33 +60,44 @@ def _vocabulary(head: nn.Module) -> int:
 
 
 class _HeadLogps(torch.autograd.Function):
-    """Log-probs under a linear head. Saves its inputs and one number a token; gradients are summed in float32."""
+    """Log-probs under a linear head; gradients are summed in float32.
+
+    Saves its inputs and one number a token. Where all tokens fit one chunk their probabilities are kept instead, which
+    spares making the logits again.
+    """
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, chunk: int) -> Tensor:
         normaliser = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         values = torch.empty_like(normaliser)
+        kept = None
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             logits = nn.functional.linear(hidden[part], weight, bias).float()
             values[part] = logits.gather(1, target[part, None])[:, 0]
             most = logits.amax(-1, keepdim=True)
-            normaliser[part] = logits.sub_(most).exp_().sum(-1).log_() + most[:, 0]
-        ctx.save_for_backward(hidden, weight, bias, target, normaliser)
+            total = logits.sub_(most).exp_().sum(-1)
+            normaliser[part] = total.log() + most[:, 0]
+            if len(hidden) <= chunk:
+                kept = logits.div_(total[:, None])
+        ctx.save_for_backward(hidden, weight, bias, target, normaliser, kept)
         ctx.chunk = chunk
         return values - normaliser
 
     @staticmethod
     def backward(ctx, gradient: Tensor):  # type: ignore[override]
-        hidden, weight, bias, target, normaliser = ctx.saved_tensors
+        hidden, weight, bias, target, normaliser, kept = ctx.saved_tensors
         for_hidden, for_weight, for_bias = (needed for needed in ctx.needs_input_grad[:3])
         of_hidden = torch.empty_like(hidden) if for_hidden else None
         of_weight = torch.zeros_like(weight, dtype=torch.float32) if for_weight else None
         of_bias = torch.zeros_like(bias, dtype=torch.float32) if for_bias else None
         for start in range(0, len(hidden), ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            logits = nn.functional.linear(hidden[part], weight, bias).float()
-            slope = logits.sub_(normaliser[part, None]).exp_().mul_(-gradient[part, None])
+            if kept is None:
+                logits = nn.functional.linear(hidden[part], weight, bias).float()
+                slope = logits.sub_(normaliser[part, None]).exp_().mul_(-gradient[part, None])
+            else:
+                slope = kept * -gradient[:, None]  # a copy: the graph may be walked twice
             slope.scatter_add_(1, target[part, None], gradient[part, None])
             low = slope.to(weight.dtype)
             if of_hidden is not None:
