@@ -45,10 +45,10 @@ from mopo_cli.runs import claim, write_json
 from mopo_cli.trainer import Trainer
 
 LISTED = 100  # responses that stand for mu where preferences are exact
-ROWS = 500  # sampled pairs a step
-SAMPLES = (5000, 2)  # of the policy, in groups, for one on-policy estimate from sampled preferences
+ROWS = 400  # sampled pairs a step
+SAMPLES = (4000, 2)  # of the policy, in groups, for one on-policy estimate from sampled preferences
 GRID = 9  # thresholds
-OFFLINE = 4  # steps between two offline estimates
+OFFLINE = 5  # steps between two offline estimates
 
 
 @dataclass(frozen=True, slots=True)
