@@ -161,6 +161,7 @@ def _key(axis: Axes, points: Sequence[Point]) -> None:
 
 REACHED = {"exact": (COLOURS[0], "o"), "sampled": (COLOURS[1], "^")}  # by the preferences a run saw
 SCHEDULED = COLOURS[2]
+OPTIMUM: dict[str, Any] = {"markersize": 9, "fillstyle": "none", "label": "optimum at b"}
 
 
 def draw_structure(name: str, problems: Sequence[Problem], records: Sequence[Record], path: Path) -> Path:
@@ -195,15 +196,7 @@ def _plane(axis: Axes, problem: Problem, records: Sequence[Record]) -> None:
     axis.plot(front[:, 1], front[:, 0], color="black", marker=".", label="exact front")
     curve = problem.regularised
     axis.plot(curve[:, 1], curve[:, 0], color="0.55", linestyle="--", label="optima of (P) as λ moves")
-    axis.plot(
-        problem.optima[:, 1],
-        problem.optima[:, 0],
-        "o",
-        color="0.55",
-        markersize=9,
-        fillstyle="none",
-        label="optimum at b",
-    )
+    axis.plot(*problem.optima[:, [1, 0]].T, "o", color="0.55", **OPTIMUM)
     _reached(axis, records, 1, 0)
     axis.set(xlabel="win rate, secondary", ylabel="win rate, primary")
     axis.legend(fontsize=8)
@@ -216,15 +209,7 @@ def _projection(axis: Axes, problem: Problem, records: Sequence[Record]) -> None
     )
     axis.use_sticky_edges = False  # what lies on the region's edge keeps a margin
     axis.figure.colorbar(shown, ax=axis, label="primary's win rate at the optimum of (P)")
-    axis.plot(
-        problem.optima[:, 1],
-        problem.optima[:, 2],
-        "o",
-        color="0.35",
-        markersize=9,
-        fillstyle="none",
-        label="optimum at b",
-    )
+    axis.plot(*problem.optima[:, [1, 2]].T, "o", color="0.35", **OPTIMUM)
     _reached(axis, records, 1, 2)
     axis.set(xlabel="win rate, first secondary", ylabel="win rate, second secondary")
     axis.legend(fontsize=8)

@@ -30,8 +30,8 @@ from mopo_cli.data.assistant import World
 from mopo_cli.errors import UserError
 from mopo_cli.inputs import Inputs, prepare_inputs
 from mopo_cli.judging import SUPPORTING, JudgedRows, empirical, judge_rows, judge_samples, support_floor
+from mopo_cli.models.logprobs import all_logps
 from mopo_cli.models.preference import PreferenceModel, win_probabilities
-from mopo_cli.models.reference import reference_logps, snapshot
 from mopo_cli.models.sampling import sample
 from mopo_cli.processes import build_accelerator
 from mopo_cli.runs import claim, write_json
@@ -81,7 +81,6 @@ class Answer:
     kl: float
     feasible: bool
     attainable: np.ndarray  # (J,)
-    spread: np.ndarray  # (K,) standard deviation over prompts of the policy's win rate
 
 
 def answer(pool: Pool, labelled: LabelledRows | None, tau: float, thresholds: np.ndarray) -> Answer:
@@ -109,7 +108,6 @@ def answer(pool: Pool, labelled: LabelledRows | None, tau: float, thresholds: np
         best.kl,
         best.feasible,
         best.attainable,
-        per_prompt.std(axis=0),
     )
 
 
@@ -126,10 +124,8 @@ def label_errors(labelled: LabelledRows, tau: float, duals: np.ndarray) -> tuple
 
 def _tilted(labelled: LabelledRows, tau: float, duals: np.ndarray) -> np.ndarray:
     """(N, G) the tilted policy over each row's responses, which are draws from mu."""
-    logits = labelled.win_rates @ np.concatenate([[1.0], duals]) / tau
-    logits = np.where(np.isnan(logits), -np.inf, logits)
-    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return weights / weights.sum(axis=1, keepdims=True)
+    missing = np.isnan(labelled.win_rates).any(axis=2)
+    return np.exp(oracle.tilt(np.nan_to_num(labelled.win_rates), np.where(missing, -np.inf, 0.0), tau, duals))
 
 
 # --------------------------------------------------------------------------------------------- the plan
@@ -210,6 +206,45 @@ class Plan:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two objectives of the pools, the others left free."""
+
+    pool: Pool
+    labelled: LabelledRows
+    truth: Pool | None
+    tau: float
+
+    def point(self, threshold: float) -> FrontPoint:
+        """As much of the first as possible with the second at least `threshold`."""
+        found = answer(self.pool, self.labelled, self.tau, np.array([threshold]))
+        exact = None
+        if self.truth is not None:
+            best = oracle.solve(self.truth.win_rates, self.truth.log_reference, self.tau, np.array([threshold]))
+            exact = float(best.win_rates[0]) if best.feasible else None
+        return FrontPoint(
+            float(threshold),
+            float(found.win_rates[0]),
+            CONFIDENCE * found.primary_error,
+            float(found.duals[0]),
+            found.kl,
+            exact,
+        )
+
+    def span(self) -> tuple[float, float]:
+        """The second's win rate where nothing is asked of it, and where it costs STEEPEST."""
+        free, steep = (float(_at_price(self.pool, self.tau, price)[1]) for price in (0.0, STEEPEST))
+        return free, steep
+
+
+def pair_of(first: int, second: int, pool: Pool, labelled: LabelledRows, truth: Pool | None, tau: float) -> Pair:
+    columns = [first, second]
+    rows = LabelledRows(labelled.win_rates[:, :, columns], labelled.residuals[:, :, columns], labelled.pairs)
+    seen, exact = (p and Pool(p.win_rates[:, :, columns], p.log_reference) for p in (pool, truth))
+    assert seen is not None
+    return Pair(seen, rows, exact, tau)
+
+
 def pair_front(
     names: Sequence[str],
     first: int,
@@ -221,27 +256,12 @@ def pair_front(
     count: int,
 ) -> PairFront:
     """Thresholds of `second` from where they begin to bind to where they cost more than STEEPEST."""
-    columns = [first, second]
-    seen = Pool(pool.win_rates[:, :, columns], pool.log_reference)
-    rows = LabelledRows(labelled.win_rates[:, :, columns], labelled.residuals[:, :, columns], labelled.pairs)
-    free, steep = (_at_price(seen, tau, price)[1] for price in (0.0, STEEPEST))
-    points = []
-    for threshold in np.linspace(free, steep, count):
-        found = answer(seen, rows, tau, np.array([threshold]))
-        points.append(
-            FrontPoint(
-                float(threshold),
-                float(found.win_rates[0]),
-                CONFIDENCE * found.primary_error,
-                float(found.duals[0]),
-                found.kl,
-            )
-        )
-    most = float(oracle.attainable(seen.win_rates, seen.log_reference)[1])
-    front = PairFront(names[first], names[second], float(free), most, points)
-    return (
-        front if truth is None else _with_truth(front, Pool(truth.win_rates[:, :, columns], truth.log_reference), tau)
-    )
+    pair = pair_of(first, second, pool, labelled, truth, tau)
+    free, steep = pair.span()
+    points = [pair.point(threshold) for threshold in np.linspace(free, steep, count)]
+    most = float(oracle.attainable(pair.pool.win_rates, pair.pool.log_reference)[1])
+    front = PairFront(names[first], names[second], free, most, points)
+    return front if pair.truth is None else _with_truth(front, pair.truth, tau)
 
 
 def _at_price(pool: Pool, tau: float, price: float) -> np.ndarray:
@@ -254,15 +274,10 @@ def _with_truth(front: PairFront, truth: Pool, tau: float) -> PairFront:
     """The exact front beside the predicted one, and how far they lie apart."""
     prices = np.concatenate([[0.0], np.geomspace(1e-2, 1e2, 200)])
     exact = np.array([_at_price(truth, tau, price) for price in prices])  # (C, 2) primary, secondary
-    points = []
-    for point in front.points:
-        best = oracle.solve(truth.win_rates, truth.log_reference, tau, np.array([point.threshold]))
-        points.append(replace(point, exact=float(best.win_rates[0]) if best.feasible else None))
-    predicted = np.array([[p.win_rate, p.threshold] for p in points])
+    predicted = np.array([[p.win_rate, p.threshold] for p in front.points])
     apart = np.abs(predicted[:, None] - exact[None]).max(axis=2).min(axis=1)
     return replace(
         front,
-        points=points,
         exact_front=[(float(s), float(p)) for p, s in exact],
         exact_attainable=float(oracle.attainable(truth.win_rates, truth.log_reference)[1]),
         distance=float(apart.max()),
@@ -275,25 +290,22 @@ def suggestions(
     """As much of the primary as possible with one secondary at least x, for round x, the others left free."""
     found = []
     for j, name in enumerate(names[1:], 1):
-        seen = Pool(pool.win_rates[:, :, [0, j]], pool.log_reference)
-        rows = LabelledRows(labelled.win_rates[:, :, [0, j]], labelled.residuals[:, :, [0, j]], labelled.pairs)
-        free, steep = (_at_price(seen, tau, price)[1] for price in (0.0, STEEPEST))
+        pair = pair_of(0, j, pool, labelled, truth, tau)
+        free, steep = pair.span()
         for x in np.arange(math.ceil(free / step), math.floor(steep / step) + 1) * step:
-            best = answer(seen, rows, tau, np.array([x]))
-            line = {
-                "secondary": name,
-                "at_least": round(float(x), 4),
-                "primary": float(best.win_rates[0]),
-                "ci95": CONFIDENCE * best.primary_error,
-                "dual": float(best.duals[0]),
-                "kl": best.kl,
-                "override": f"objectives.{name}.threshold={x:.2f}",
-                "exact": None,
-            }
-            if truth is not None:
-                exact = oracle.solve(truth.win_rates[:, :, [0, j]], truth.log_reference, tau, np.array([x]))
-                line["exact"] = float(exact.win_rates[0]) if exact.feasible else None
-            found.append(line)
+            point = pair.point(x)
+            found.append(
+                {
+                    "secondary": name,
+                    "at_least": round(point.threshold, 4),
+                    "primary": point.win_rate,
+                    "ci95": point.ci95,
+                    "dual": point.dual,
+                    "kl": point.kl,
+                    "override": f"objectives.{name}.threshold={x:.2f}",
+                    "exact": point.exact,
+                }
+            )
     return found
 
 
@@ -386,8 +398,7 @@ def sample_pool(
     numbers = _distinct(inputs, config.plan.prompts, config.seed)
     asked = [heldout.tokens[i].prompt for i in numbers]
     floor = support_floor(
-        reference_logps(inputs.policy, snapshot(inputs.policy), heldout.tokens[:SUPPORTING], inputs.collate),
-        config.onpolicy.support,
+        all_logps(inputs.policy, heldout.tokens[:SUPPORTING], inputs.collate), config.onpolicy.support
     )
     rates, known = [], []
     with stage("samples", len(asked)) as progress:
@@ -397,7 +408,7 @@ def sample_pool(
                 inputs.policy, inputs.encoder, asked[part], config.plan.responses, config.sampling, config.seed + start
             )
             tokens, judged = judge_samples(judge, heldout, numbers[part], drawn, inputs.collate)
-            logps = reference_logps(inputs.policy, snapshot(inputs.policy), tokens, inputs.collate)
+            logps = all_logps(inputs.policy, tokens, inputs.collate)
             rates += judged
             known += [values >= floor for values in logps]
             progress.advance(min(start + 50, len(asked)))

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from scipy.special import chdtri
 from torch import Tensor
 
 from mopo_cli.errors import UserError
+
+Number = TypeVar("Number", float, Tensor)
 
 # --------------------------------------------------------------------------------------------- ratios and bounds
 
@@ -117,9 +119,9 @@ def effective_sample_size(weights: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------- multipliers
 
 
-def least_multiplier(centre: Tensor, weight: float | Tensor) -> Tensor:
+def least_multiplier(centre: Number, weight: float) -> Number:
     """argmin over lambda >= 0 of (lambda - centre)^2 / 2 - weight log lambda; max(0, centre) where weight = 0."""
-    return (centre + (centre**2 + 4.0 * weight).sqrt()) / 2.0
+    return (centre + (centre * centre + 4.0 * weight) ** 0.5) / 2.0  # type: ignore[return-value]
 
 
 def dual_step(duals: Tensor, estimates: Tensor, thresholds: Tensor, rate: float, sigma: float = 0.0) -> Tensor:
@@ -165,8 +167,7 @@ def _least_of_quadratic(
             curvature = hessian[j][j] + ridge
             slope = gradient[j] + ridge * (found[j] - start[j])
             slope += sum(hessian[j][k] * (found[k] - start[k]) for k in range(size))
-            centre = found[j] - slope / curvature
-            best = (centre + math.sqrt(centre * centre + 4.0 * sigma / curvature)) / 2.0
+            best = least_multiplier(found[j] - slope / curvature, sigma / curvature)
             moved, found[j] = max(moved, abs(best - found[j])), best
         if moved < 1e-12:
             break
