@@ -17,7 +17,8 @@ from mopo_cli.data.tokens import Collator, Encoder, TokenRow, row_length
 from mopo_cli.errors import UserError
 from mopo_cli.judging import JudgedRows, judge_rows
 from mopo_cli.models.load import load_policy, load_tokenizer
-from mopo_cli.models.logprobs import attend_by_rows, can_pack
+from mopo_cli.models.attention import attend_by_rows
+from mopo_cli.models.logprobs import can_pack
 from mopo_cli.models.preference import PreferenceModel
 from mopo_cli.runs import RunDirectory
 from mopo_cli.types import Example, PreferenceData

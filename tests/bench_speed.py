@@ -1,8 +1,8 @@
 """`make bench`: a training step beside the peer's (TRL's DPOTrainer) and beside the machine's matrix-product rate.
 
 Every measurement runs in a process of its own, on inputs made here: a random OPT, a word tokenizer, and pairs whose
-lengths are spread like those of human dialogues (114 prompt, 39 and 53 response tokens on average). The peer has a
-virtual environment of its own under outputs/bench/; where that cannot be made it is left out, with the reason.
+lengths are spread like those of 2 307 human dialogues about harmlessness (mean and standard deviation of prompt, chosen
+and rejected), those beyond the context left out. The peer has a virtual environment of its own under outputs/bench/; where that cannot be made it is left out, with the reason.
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ class Record:
 # --------------------------------------------------------------------------------------------- inputs
 
 
-def lengths(rng: np.random.Generator, mean: float, spread: float, least: int, most: int, count: int) -> np.ndarray:
-    """Log-normal token counts with a mean and standard deviation, clipped."""
+def lengths(rng: np.random.Generator, mean: float, spread: float, count: int) -> np.ndarray:
+    """Log-normal token counts with a mean and standard deviation, 2 at least."""
     variance = np.log(1.0 + (spread / mean) ** 2)
     drawn = rng.lognormal(np.log(mean) - variance / 2, np.sqrt(variance), count)
-    return np.clip(drawn.round(), least, most).astype(int)
+    return np.maximum(drawn.round(), 2).astype(int)
 
 
 def make_inputs(size: Size, count: int = 400) -> Path:
@@ -92,13 +92,12 @@ def make_inputs(size: Size, count: int = 400) -> Path:
     )  # fmt: skip
     OPTForCausalLM(config).save_pretrained(target / "model")
     rng = np.random.default_rng(0)
-    shapes = [
-        lengths(rng, 114, 90, 4, 330, count),
-        lengths(rng, 39, 38, 2, 150, count),
-        lengths(rng, 53, 45, 2, 150, count),
-    ]
+    drawn = np.stack([lengths(rng, 125.6, 115.3, 4 * count), lengths(rng, 40.9, 39.6, 4 * count),
+                      lengths(rng, 52.5, 53.7, 4 * count)], axis=1)  # fmt: skip
+    fits = drawn[:, 0] + drawn[:, 1:].max(axis=1) < CONTEXT  # neither side truncates
+    shapes = drawn[fits][:count]
     with open(target / "pairs.jsonl", "w", encoding="utf-8") as file:
-        for sizes in zip(*shapes, strict=True):
+        for sizes in shapes.tolist():
             prompt, chosen, rejected = (" ".join(f"w{i}" for i in rng.integers(2, size.vocabulary, n)) for n in sizes)
             file.write(json.dumps({"prompt": prompt, "chosen": f" {chosen}", "rejected": f" {rejected}"}) + "\n")
     return target
@@ -160,7 +159,8 @@ def measure(spec: dict[str, Any]) -> dict[str, float]:
 
     from mopo_cli.algorithms.mopo import LogpBatch, Mopo
     from mopo_cli.data.tokens import Collator, Encoder, batch_rows, row_length
-    from mopo_cli.models.logprobs import attend_by_rows, response_logps
+    from mopo_cli.models.attention import attend_by_rows
+    from mopo_cli.models.logprobs import response_logps
     from mopo_cli.models.reference import reference_logps, snapshot
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -20,9 +20,9 @@ from mopo_cli.config import SamplingConfig
 from mopo_cli.data.tokens import Collator, Encoder, TokenRow, batch_rows, length_order, pack, row_length
 from mopo_cli.errors import UserError
 from mopo_cli.models import logprobs
+from mopo_cli.models.attention import attend_by_rows
 from mopo_cli.models.logprobs import (
     all_logps,
-    attend_by_rows,
     backbone_of,
     budget_batches,
     can_pack,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -27,11 +26,11 @@ class TokenRow:
     responses: list[list[int]]
 
 
-class Span(NamedTuple):
-    """A stretch of whole rows in a sequence, and (1, 1, T, T) what its tokens may look at: True for what they may."""
+class Block(NamedTuple):
+    """Tokens of a sequence and those that they look at, with a float (queries, keys) mask: 0 where one may, else -inf."""
 
-    start: int
-    end: int
+    queries: slice
+    keys: slice
     mask: Tensor
 
 
@@ -40,8 +39,8 @@ class TokenBatch:
     """Sequences with the places that matter: N responses in all, R response tokens, S sequences of T tokens.
 
     A prompt stands once in front of all its responses, and positions restart with each row. Apart: all rows follow
-    each other in one sequence without padding; attention is told its `spans`, a long row or some short ones, and works
-    on each by itself, so attention_mask only stands in. Packed: several rows may share a sequence; attention_mask is
+    each other in one sequence without padding; attention is told its `blocks` and works on each by itself, so
+    attention_mask only stands in. Packed: several rows may share a sequence; attention_mask is
     (S, 1, T, T), True where a token may look. Plain: a sequence per response, right-padded, with a (S, T) mask and
     without positions. Everything downstream reads `source`, `target`, `owner`, `last` and `slot`: it does not care.
     """
@@ -54,14 +53,17 @@ class TokenBatch:
     owner: Tensor  # (R,) the response it belongs to, 0 .. N-1
     last: Tensor  # (N,) flat position of each response's last token
     slot: Tensor  # (B, G) the number of response g of row b, -1 where the row has fewer
-    spans: tuple[Span, ...] | None = None
+    blocks: tuple[Block, ...] | None = None
 
     def to(self, device: torch.device) -> TokenBatch:
         def moved(value: object) -> object:
             return value.to(device) if isinstance(value, Tensor) else value
 
-        spans = self.spans and tuple(Span(s.start, s.end, s.mask.to(device)) for s in self.spans)
-        return TokenBatch(*(moved(getattr(self, name)) for name in self.__slots__[:-1]), spans)  # type: ignore[arg-type]
+        blocks = self.blocks and tuple(Block(b.queries, b.keys, b.mask.to(device)) for b in self.blocks)
+        return TokenBatch(*(moved(getattr(self, name)) for name in self.__slots__[:-1]), blocks)  # type: ignore[arg-type]
+
+
+BLOCK = 128  # tokens of a long prompt that attend at once
 
 
 class Encoder:
@@ -161,11 +163,11 @@ class Collator:
         first = np.cumsum([0, *counts])
         places = np.arange(max(counts))
         slot = np.where(places < np.array(counts)[:, None], first[:-1, None] + places, -1)
-        edges = None
+        blocks = None
         if self.apart:
             groups, _ = pack(rows, alone=True)
-            edges = np.cumsum([0, *(sum(row_length(rows[i]) for i in group) for group in groups)]).tolist()
-            pieces, length = [[i for group in groups for i in group]], edges[-1]
+            blocks = attention_blocks([[rows[i] for i in group] for group in groups])
+            pieces, length = [[i for group in groups for i in group]], sum(map(row_length, rows))
         elif self.packed:
             pieces, length = pack(rows)
         else:  # each response behind a prompt of its own
@@ -176,7 +178,7 @@ class Collator:
             start = 0
             for i in piece:
                 start = layout.place(s, start, rows[i], int(first[i]))
-        return layout.batch(slot, self.packed, edges)
+        return layout.batch(slot, self.packed, blocks)
 
 
 def row_length(row: TokenRow) -> int:
@@ -248,29 +250,22 @@ class _Layout:
             begin = end
         return begin
 
-    def batch(self, slot: np.ndarray, packed: bool, edges: list[int] | None) -> TokenBatch:
-        ids, row = torch.from_numpy(self.ids), torch.from_numpy(self.row)
-        spans = None
-        if packed:
-            segment, positions = torch.from_numpy(self.segment), torch.from_numpy(self.positions)
-            if edges is not None:
-                parts = [(start, end, slice(start, end)) for start, end in pairwise(edges)]
-                spans = tuple(Span(start, end, _visible(row[:, at], segment[:, at])) for start, end, at in parts)
-                mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)  # stands for the spans'
-            else:
-                mask = _visible(row, segment)
+    def batch(self, slot: np.ndarray, packed: bool, blocks: tuple[Block, ...] | None) -> TokenBatch:
+        ids, row, segment, positions = map(torch.from_numpy, (self.ids, self.row, self.segment, self.positions))
+        if blocks is not None:
+            mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)  # stands for the blocks'
         else:
-            mask, positions = (row >= 0).long(), None
+            mask = _visible(row, segment) if packed else (row >= 0).long()
         return TokenBatch(
             ids,
             mask,
-            positions,
+            positions if packed else None,
             torch.from_numpy(np.concatenate(self.source)),
             torch.tensor(self.target),
             torch.tensor(self.owner),
             torch.tensor([self.last[n] for n in range(len(self.last))]),
             torch.from_numpy(slot),
-            spans,
+            blocks,
         )
 
 
@@ -278,6 +273,40 @@ def _visible(row: Tensor, segment: Tensor) -> Tensor:
     """(S, 1, T, T) whether a token looks at one before it: of its row's prompt, or of its own response."""
     allowed = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
     return ((row[:, :, None] == row[:, None, :]) & allowed).tril()[:, None]
+
+
+def attention_blocks(groups: Sequence[Sequence[TokenRow]]) -> tuple[Block, ...]:
+    """Blocks of groups of rows that follow each other: one a group of short rows, some of a long row.
+
+    A long row's prompt is taken BLOCK tokens at a time, so that little is computed of what comes after a token.
+    """
+    blocks: list[Block] = []
+    start = 0
+    for rows in groups:
+        mask = np.full((sum(map(row_length, rows)),) * 2, -np.inf, np.float32)
+        at = 0
+        for row in rows:
+            prompt_end = at + len(row.prompt)
+            mask[at:prompt_end, at:prompt_end] = _causal(len(row.prompt))
+            begin = prompt_end
+            for response in row.responses:
+                end = begin + len(response)
+                mask[begin:end, at:prompt_end] = 0.0
+                mask[begin:end, begin:end] = _causal(len(response))
+                begin = end
+            at = begin
+        first = 0
+        for end in [*range(BLOCK, len(rows[0].prompt), BLOCK), at] if len(rows) == 1 else [at]:
+            part = torch.from_numpy(mask[first:end, :end].copy())
+            blocks.append(Block(slice(start + first, start + end), slice(start, start + end), part))
+            first = end
+        start += at
+    return tuple(blocks)
+
+
+@lru_cache(2048)
+def _causal(size: int) -> np.ndarray:
+    return np.triu(np.full((size, size), -np.inf, np.float32), 1)
 
 
 def batch_rows(size: int, batch: int, seed: int, step: int) -> list[int]:

@@ -13,13 +13,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import PreTrainedModel
 
 from mopo_cli.data.tokens import Collator, TokenBatch, TokenRow, length_order, row_length
 
-ROW_ATTENTION = "mopo_rows"  # its name among transformers' attention implementations
 _CHUNK = (2**23, 2**26)  # logits held at once, on a CPU and on a GPU
 _SPLITS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # what `splits` found, a model
 
@@ -63,7 +60,8 @@ class _HeadLogps(torch.autograd.Function):
     """Log-probs under a linear head; gradients are summed in float32.
 
     Saves its inputs and one number a token. Where all tokens fit one chunk their probabilities are kept instead, which
-    spares making the logits again.
+    spares making the logits again. The slope of a log-prob in the logits is onehot(target) - probabilities, whose two
+    parts are taken apart: nothing of the logits' size is scaled or written to.
     """
 
     @staticmethod
@@ -78,8 +76,8 @@ class _HeadLogps(torch.autograd.Function):
             most = logits.amax(-1, keepdim=True)
             total = logits.sub_(most).exp_().sum(-1)
             normaliser[part] = total.log() + most[:, 0]
-            if len(hidden) <= chunk:
-                kept = logits.div_(total[:, None])
+            if len(hidden) <= chunk and any(ctx.needs_input_grad):
+                kept = logits.div_(total[:, None]).to(weight.dtype)
         ctx.save_for_backward(hidden, weight, bias, target, normaliser, kept)
         ctx.chunk = chunk
         return values - normaliser
@@ -88,28 +86,36 @@ class _HeadLogps(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):  # type: ignore[override]
         hidden, weight, bias, target, normaliser, kept = ctx.saved_tensors
         for_hidden, for_weight, for_bias = (needed for needed in ctx.needs_input_grad[:3])
+        scaled = hidden.float() * gradient[:, None]
         of_hidden = torch.empty_like(hidden) if for_hidden else None
         of_weight = torch.zeros_like(weight, dtype=torch.float32) if for_weight else None
         of_bias = torch.zeros_like(bias, dtype=torch.float32) if for_bias else None
         for start in range(0, len(hidden), ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            if kept is None:
+            shares = kept
+            if shares is None:
                 logits = nn.functional.linear(hidden[part], weight, bias).float()
-                slope = logits.sub_(normaliser[part, None]).exp_().mul_(-gradient[part, None])
-            else:
-                slope = kept * -gradient[:, None]  # a copy: the graph may be walked twice
-            slope.scatter_add_(1, target[part, None], gradient[part, None])
-            low = slope.to(weight.dtype)
+                shares = logits.sub_(normaliser[part, None]).exp_().to(weight.dtype)
             if of_hidden is not None:
-                of_hidden[part] = low @ weight
+                expected = (shares @ weight).float()
+                of_hidden[part] = (weight[target[part]].float() - expected) * gradient[part, None]
             if of_weight is not None:
-                if weight.dtype == torch.float32:
-                    of_weight.addmm_(low.T, hidden[part])
-                else:
-                    of_weight += low.T @ hidden[part]
+                _subtract_product(of_weight, shares, scaled[part])
             if of_bias is not None:
-                of_bias += slope.sum(0)
+                of_bias -= shares.T.float() @ gradient[part]
+        if of_weight is not None:
+            of_weight.index_add_(0, target, scaled)
+        if of_bias is not None:
+            of_bias.index_add_(0, target, gradient)
         return of_hidden, _like(of_weight, weight), _like(of_bias, bias), None, None
+
+
+def _subtract_product(total: Tensor, shares: Tensor, scaled: Tensor) -> None:
+    """total -= shares^T scaled, in the dtype of the shares, summed in float32."""
+    if shares.dtype == torch.float32:
+        total.addmm_(shares.T, scaled, alpha=-1.0)
+    else:
+        total -= shares.T @ scaled.to(shares.dtype)
 
 
 def _like(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
@@ -122,38 +128,9 @@ def _inputs(model: nn.Module, batch: TokenBatch) -> dict[str, Any]:
         # eager attention adds the mask to its scores
         mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)  # type: ignore[arg-type]
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": mask, "use_cache": False}
-    if batch.spans is not None:
-        inputs["row_spans"] = batch.spans
+    if batch.blocks is not None:
+        inputs["blocks"] = batch.blocks
     return inputs if batch.position_ids is None else {**inputs, "position_ids": batch.position_ids}
-
-
-def _attend_rows(module: nn.Module, query, key, value, attention_mask, row_spans=None, **settings):
-    """Attention of transformers' "sdpa", span by span where a batch has them: nothing is padded."""
-    if row_spans is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-    lengths = [end - start for start, end, _ in row_spans]
-    pieces = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), row_spans, strict=True)
-    parts = [sdpa_attention_forward(module, q, k, v, span.mask, **settings)[0] for q, k, v, span in pieces]
-    return torch.cat(parts, dim=1), None
-
-
-AttentionInterface.register(ROW_ATTENTION, _attend_rows)
-AttentionMaskInterface.register(ROW_ATTENTION, sdpa_mask)
-
-
-def attend_by_rows(model: nn.Module) -> bool:
-    """Give a model with "sdpa" attention the one that takes rows apart; whether it has it now.
-
-    Left as it was where the log-probs of a few made-up tokens come out different.
-    """
-    causal = unwrap(model)
-    if getattr(causal.config, "_attn_implementation", None) != "sdpa":
-        return False
-    causal.set_attn_implementation(ROW_ATTENTION)  # type: ignore[operator]
-    if _agree(model, Collator(0, True, True), Collator(0, False)):
-        return True
-    causal.set_attn_implementation("sdpa")  # type: ignore[operator]
-    return False
 
 
 def hidden_states(backbone: nn.Module, batch: TokenBatch, places: Tensor) -> Tensor:
@@ -198,11 +175,11 @@ def can_pack(model: nn.Module, longest: int | None = None) -> bool:
     window = _attention_window(causal)
     if window is not None and (longest is None or longest > window):
         return False
-    return _agree(model, Collator(0, True), Collator(0, False))
+    return agree(model, Collator(0, True), Collator(0, False))
 
 
 @torch.no_grad()
-def _agree(model: nn.Module, first: Collator, second: Collator) -> bool:
+def agree(model: nn.Module, first: Collator, second: Collator) -> bool:
     """Whether two layouts of a few made-up tokens have the same log-probs."""
     parameter = next(model.parameters())
     rows = _made_up_rows(unwrap(model))
