@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from mopo_cli.data.tokens import Collator, TokenBatch, TokenRow, length_order, row_length
 
-_CHUNK = (2**23, 2**26)  # logits held at once, on a CPU and on a GPU
+_CHUNK = (2**25, 2**26)  # logits held at once, on a CPU and on a GPU
 _SPLITS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # what `splits` found, a model
 
 
@@ -59,8 +59,8 @@ def _vocabulary(head: nn.Module) -> int:
 class _HeadLogps(torch.autograd.Function):
     """Log-probs under a linear head; gradients are summed in float32.
 
-    Saves its inputs and one number a token. Where all tokens fit one chunk their probabilities are kept instead, which
-    spares making the logits again. The slope of a log-prob in the logits is onehot(target) - probabilities, whose two
+    Saves its inputs, one number a token, and the probabilities of the first chunk; the logits of the others are made
+    again. The slope of a log-prob in the logits is onehot(target) - probabilities, whose two
     parts are taken apart: nothing of the logits' size is scaled or written to.
     """
 
@@ -68,23 +68,23 @@ class _HeadLogps(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, chunk: int) -> Tensor:
         normaliser = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         values = torch.empty_like(normaliser)
-        kept = None
+        first = None
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             logits = nn.functional.linear(hidden[part], weight, bias).float()
             values[part] = logits.gather(1, target[part, None])[:, 0]
-            most = logits.amax(-1, keepdim=True)
-            total = logits.sub_(most).exp_().sum(-1)
-            normaliser[part] = total.log() + most[:, 0]
-            if len(hidden) <= chunk and any(ctx.needs_input_grad):
-                kept = logits.div_(total[:, None]).to(weight.dtype)
-        ctx.save_for_backward(hidden, weight, bias, target, normaliser, kept)
+            highest = logits.amax(-1, keepdim=True)
+            total = logits.sub_(highest).exp_().sum(-1)
+            normaliser[part] = total.log() + highest[:, 0]
+            if not start and any(ctx.needs_input_grad):
+                first = logits.div_(total[:, None]).to(weight.dtype)
+        ctx.save_for_backward(hidden, weight, bias, target, normaliser, first)
         ctx.chunk = chunk
         return values - normaliser
 
     @staticmethod
     def backward(ctx, gradient: Tensor):  # type: ignore[override]
-        hidden, weight, bias, target, normaliser, kept = ctx.saved_tensors
+        hidden, weight, bias, target, normaliser, first = ctx.saved_tensors
         for_hidden, for_weight, for_bias = (needed for needed in ctx.needs_input_grad[:3])
         scaled = hidden.float() * gradient[:, None]
         of_hidden = torch.empty_like(hidden) if for_hidden else None
@@ -92,8 +92,8 @@ class _HeadLogps(torch.autograd.Function):
         of_bias = torch.zeros_like(bias, dtype=torch.float32) if for_bias else None
         for start in range(0, len(hidden), ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            shares = kept
-            if shares is None:
+            shares = first
+            if start:
                 logits = nn.functional.linear(hidden[part], weight, bias).float()
                 shares = logits.sub_(normaliser[part, None]).exp_().to(weight.dtype)
             if of_hidden is not None:
