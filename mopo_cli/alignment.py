@@ -27,15 +27,16 @@ from mopo_cli.algorithms.mopo import (
     refresh_due,
     sampled_estimate,
 )
+from mopo_cli.cache import kept_logps
 from mopo_cli.config import OnPolicyConfig, SamplingConfig
 from mopo_cli.data.tokens import Collator, Encoder, TokenRow, batch_rows, row_length
 from mopo_cli.judging import SUPPORTING, JudgedRows, empirical, judge_samples, support_floor
 from mopo_cli.models.logprobs import all_logps, response_logps
 from mopo_cli.models.preference import PreferenceModel
-from mopo_cli.models.reference import Snapshot, reference_logps, snapshot
+from mopo_cli.models.reference import Snapshot, loaded, reference_logps, snapshot
 from mopo_cli.models.sampling import sample
 from mopo_cli.oracle import attainable, solve
-from mopo_cli.trainer import Progressed, Trainer
+from mopo_cli.trainer import Progressed, Task, Trainer
 
 
 @dataclass
@@ -77,6 +78,7 @@ class Alignment:
         seed: int,
         initial: Snapshot,
         collate: Collator,
+        cache: str | None = None,
     ):
         self.accelerator, self.trainer, self.method, self.encoder, self.judge = (
             accelerator,
@@ -87,7 +89,7 @@ class Alignment:
         )
         self.train, self.heldout = train, heldout
         self.batch_size, self.onpolicy, self.sampling, self.seed = batch_size, onpolicy, sampling, seed
-        self.collate = collate
+        self.collate, self.cache = collate, cache
         self.initial = self.lagged = initial
         self.behaviour: dict[int, Tensor] = {}
         self.reference: dict[int, Tensor] = {}
@@ -126,10 +128,14 @@ class Alignment:
 
     def prepare(self, start: int = 0) -> None:
         """Reference log-probs of every row to come; a checkpoint brings its own, equal to the last bit."""
-        of_data = reference_logps(self.policy, self.initial, self.heldout.tokens[:SUPPORTING], self.collate)
-        self.floor = support_floor(of_data, self.onpolicy.support)
+        numbers = [] if start else self.upcoming(0, math.inf)
+        rows = [*self.heldout.tokens[:SUPPORTING], *(self.train.tokens[i] for i in numbers)]
+        with torch.no_grad(), loaded(self.policy, self.initial):
+            logps = kept_logps(self.accelerator, self.cache, self.policy, rows, self.collate)
+        supporting = len(rows) - len(numbers)
+        self.floor = support_floor(logps[:supporting], self.onpolicy.support)
         if not start:
-            self.behaviour = self._table(self.initial, self.upcoming(0, math.inf))
+            self.behaviour = dict(zip(numbers, logps[supporting:], strict=True))
             self.reference = dict(self.behaviour)
 
     def batch(self, numbers: list[int]) -> LogpBatch:
@@ -159,12 +165,21 @@ class Alignment:
 
     # ------------------------------------------------------------------ the step's hooks
 
-    def loss(self, step: int, micro: int) -> Tensor:
-        batch = self.batch(self.trainer.micro_rows(self.rows_of(step), micro))
+    def task(self) -> Task:
+        return Task(self.rows_of, self.loss, length_of=self.length_of)
+
+    def length_of(self, number: int) -> int:
+        """Tokens of a row with its fresh responses."""
+        fresh = self.fresh.get(number)
+        return row_length(self.train.tokens[number]) + (sum(map(len, fresh.responses)) if fresh else 0)
+
+    def loss(self, numbers: list[int]) -> Tensor:
+        """Summed over these rows."""
+        batch = self.batch(numbers)
         if self.method.estimator == "offline":
             with torch.no_grad():
                 self.offline.append(self.method.estimate(batch))
-        return self.method.loss(batch).mean()
+        return self.method.loss(batch).sum()
 
     def before_step(self, step: int) -> None:
         """Measure, correct the multipliers, refresh the reference: in this order, where each is due."""

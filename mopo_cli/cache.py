@@ -12,14 +12,17 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from mopo_cli import __version__
 from mopo_cli.config import TrainConfig
+from mopo_cli.data.tokens import Collator, TokenRow
 from mopo_cli.inputs import Inputs
+from mopo_cli.models.logprobs import all_logps
 from mopo_cli.processes import agree
 
 
@@ -47,6 +50,33 @@ def judge_key(config: TrainConfig, inputs: Inputs) -> str:
     )
 
 
+def kept_logps(
+    accelerator: Accelerator, root: str | None, model: nn.Module, rows: Sequence[TokenRow], collate: Collator
+) -> list[Tensor]:
+    """(G,) log-probs of each row's responses under a model as it is: from an earlier run, else computed and kept."""
+    found: list[list[Tensor]] = []
+
+    def compute() -> None:
+        found.append(all_logps(model, rows, collate))
+
+    def save(path: Path) -> None:
+        temporary = path.with_name(f".{path.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        np.save(temporary / "logps.npy", torch.cat(found[0]).numpy())
+        temporary.rename(path)
+
+    def load(path: Path) -> None:
+        values = torch.from_numpy(np.load(path / "logps.npy"))
+        found.append(list(values.split([len(row.responses) for row in rows])))
+
+    def key() -> str:
+        return _key("logps", weights_hash(model), _rows_hash(rows))
+
+    fitted(accelerator, root, key, None, compute, save, load)
+    return found[0]
+
+
 def weights_hash(model: nn.Module) -> str:
     """Of every parameter and buffer, with its name, kind and shape."""
     digest = hashlib.sha256()
@@ -58,10 +88,13 @@ def weights_hash(model: nn.Module) -> str:
 
 def _texts(inputs: Inputs, parts: Sequence[str]) -> str:
     """Of the token rows: data, tokenizer and template in one."""
+    return " ".join(_rows_hash(inputs.tokens[name]) for name in parts)
+
+
+def _rows_hash(rows: Sequence[TokenRow]) -> str:
     digest = hashlib.sha256()
-    for name in parts:
-        for row in inputs.tokens[name]:
-            digest.update(repr((row.prompt, row.responses)).encode())
+    for row in rows:
+        digest.update(repr((row.prompt, row.responses)).encode())
     return digest.hexdigest()
 
 

@@ -66,6 +66,8 @@ class ModelConfig:
     architecture: dict[str, Any] = field(default_factory=dict)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     dtype: str = "float32"
+    mixed_precision: str | None = None  # "bf16": products in bfloat16, weights and sums in dtype
+    compile: bool = False
     max_length: int = 512
     attention: str = "sdpa"
     gradient_checkpointing: bool = False
@@ -82,6 +84,7 @@ class OptimiserConfig:
     warmup: int = 10
     max_grad_norm: float = 1.0
     final_fraction: float = 0.0  # of the learning rate, reached linearly at the last step
+    fused: bool = True  # one kernel for all parameters
 
 
 @dataclass
@@ -150,6 +153,7 @@ class TrainConfig:
     steps: int = 400
     batch_size: int = 32
     gradient_accumulation: int = 1
+    token_budget: int | None = None  # tokens that go through the model at once; None: a step's rows as they come
     seed: int = 0
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     sft: SftConfig = field(default_factory=SftConfig)
@@ -418,6 +422,10 @@ def check_train(config: TrainConfig) -> None:
     _require(config.model.init in ("pretrained", "random"), "model.init", config.model.init, "pretrained or random")
     dtypes = ("float32", "bfloat16", "float16")
     _require(config.model.dtype in dtypes, "model.dtype", config.model.dtype, " or ".join(dtypes))
+    precision = config.model.mixed_precision
+    _require(precision in (None, "bf16"), "model.mixed_precision", precision, "bf16 or null")
+    budget = config.token_budget
+    _require(budget is None or budget >= 1, "token_budget", budget, "a number of tokens, 1 or more, or null")
     _require(0 <= config.onpolicy.support < 1, "onpolicy.support", config.onpolicy.support, "in [0, 1)")
     check_objectives(config.objectives)
 

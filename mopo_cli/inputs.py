@@ -16,8 +16,8 @@ from mopo_cli.data.prepare import as_text, build, load
 from mopo_cli.data.tokens import Collator, Encoder, TokenRow, row_length
 from mopo_cli.errors import UserError
 from mopo_cli.judging import JudgedRows, judge_rows
-from mopo_cli.models.load import load_policy, load_tokenizer
 from mopo_cli.models.attention import attend_by_rows
+from mopo_cli.models.load import load_policy, load_tokenizer
 from mopo_cli.models.logprobs import can_pack
 from mopo_cli.models.preference import PreferenceModel
 from mopo_cli.runs import RunDirectory
@@ -70,19 +70,35 @@ def prepare_inputs(config: TrainConfig, run: RunDirectory | None = None) -> Inpu
     if not packed:
         name = config.model.name or config.model.path
         say(f"{name}: its attention takes no packed mask; each response is encoded behind a prompt of its own")
+    check_budget(config.token_budget, encoded)
     rows = encoded["train"][0]
     long = sum(map(row_length, rows)) > LONG * len(rows)
-    apart = packed and long and not torch.cuda.is_available() and attend_by_rows(policy)
+    on_cpu = not torch.cuda.is_available()
+    apart = packed and long and on_cpu and not config.model.compile and attend_by_rows(policy)
     return Inputs(
         data,
         tokenizer,
         encoder,
         policy,
-        Collator(int(tokenizer.pad_token_id), packed, apart),  # type: ignore[arg-type]
+        Collator(int(tokenizer.pad_token_id), packed, apart, config.token_budget),  # type: ignore[arg-type]
         {name: rows for name, (rows, _) in encoded.items()},
         {name: examples for name, (_, examples) in encoded.items()},
         method,
     )
+
+
+def check_budget(budget: int | None, encoded: dict[str, tuple[list[TokenRow], list[Example]]]) -> None:
+    """UserError where a row alone is above the token budget; it names the longest."""
+    for rows, examples in encoded.values():
+        longest = max(range(len(rows)), key=lambda i: row_length(rows[i]))
+        size = row_length(rows[longest])
+        if budget is not None and size > budget:
+            row = rows[longest]
+            raise UserError(
+                f"token_budget={budget}: {examples[longest].source} alone has {size} tokens (a prompt of "
+                f"{len(row.prompt)} with {len(row.responses)} responses of {size - len(row.prompt)}); give {size} or "
+                "more, or leave long rows out by a smaller model.max_length with dataset.overlong=drop"
+            )
 
 
 def texts_of(examples: Sequence[Example]) -> list[str]:

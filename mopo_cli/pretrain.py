@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from mopo_cli.config import PreferenceModelConfig, SftConfig
 from mopo_cli.console import Stage
-from mopo_cli.data.tokens import Collator, TokenRow, batch_rows
-from mopo_cli.models.logprobs import budget_batches, gather_slots, sequence_logps, token_budget
+from mopo_cli.data.tokens import Collator, TokenRow, batch_rows, row_length
+from mopo_cli.models.logprobs import budget_batches, gather_slots, sequence_logps
 from mopo_cli.models.preference import PairBatch, PreferenceModel, accuracy, preference_loss
-from mopo_cli.trainer import Progressed, Trainer
+from mopo_cli.trainer import Progressed, Task, Trainer
 from mopo_cli.types import Example
 
 JUDGED = 1000  # held-out rows that decide when a preference model is at its best
@@ -34,14 +34,20 @@ def fit_reference(
 
     The loss is a mean over tokens of the batch, so each response weighs as in log mu(y|x), not by its length.
     """
-    trainer = Trainer(accelerator, policy, config.optimiser, config.steps)
+    trainer = Trainer(accelerator, policy, config.optimiser, config.steps, budget=collate.budget)
     size = config.batch_size * accelerator.num_processes
     last = math.nan
 
-    def loss_of(step: int, micro: int) -> Tensor:
-        numbers = trainer.micro_rows(batch_rows(len(rows), size, seed, step), micro)
+    def loss_of(numbers: list[int]) -> Tensor:
         batch = collate([rows[i] for i in numbers]).to(accelerator.device)
-        return -sequence_logps(trainer.model, batch).sum() / len(batch.target)
+        return -sequence_logps(trainer.model, batch).sum()
+
+    task = Task(
+        rows_of=lambda step: batch_rows(len(rows), size, seed, step),
+        loss_of=loss_of,
+        weight_of=lambda numbers: sum(len(response) for i in numbers for response in rows[i].responses),
+        length_of=lambda i: row_length(rows[i]),
+    )
 
     def after_step(progressed: Progressed) -> None:
         nonlocal last
@@ -49,7 +55,7 @@ def fit_reference(
             last = float(progressed.loss)
             stage.advance(progressed.step, loss=last)
 
-    trainer.fit(loss_of, after_step=after_step)
+    trainer.fit(task, after_step=after_step)
     accelerator.free_memory()
     return last
 
@@ -75,7 +81,7 @@ def heldout_logits(
     device = next(model.parameters()).device
     model.eval()
     logits, labels = [], []
-    for numbers in budget_batches(rows, token_budget(device)):
+    for numbers in budget_batches(rows, collate, device):
         batch = pair_batch([examples[i] for i in numbers], [rows[i] for i in numbers], collate, device)
         logits.append(model.pair_logits(batch).cpu())
         labels.append(batch.labels.cpu())
@@ -97,19 +103,28 @@ def fit_preference_model(
 
     Returns the held-out accuracy of each objective, over labels that are not ties.
     """
-    trainer = Trainer(accelerator, model, config.optimiser, config.steps)
+    trainer = Trainer(accelerator, model, config.optimiser, config.steps, budget=collate.budget)
     examples, rows = train
     glance = heldout[0][:JUDGED], heldout[1][:JUDGED]
     size = config.batch_size * accelerator.num_processes
     best: tuple[float, dict[str, Tensor]] = (math.inf, {})
 
-    def loss_of(step: int, micro: int) -> Tensor:
-        numbers = trainer.micro_rows(batch_rows(len(rows), size, seed, step), micro)
+    def loss_of(numbers: list[int]) -> Tensor:
         batch = pair_batch([examples[i] for i in numbers], [rows[i] for i in numbers], collate, accelerator.device)
         features = gather_slots(trainer.model(batch.tokens), batch.tokens.slot)
         row, a, b = batch.index.unbind(-1)
-        losses, known = preference_loss(model.logits(features[row, a], features[row, b]), batch.labels)
-        return losses.sum() / known.sum().clamp(min=1)
+        losses, _ = preference_loss(model.logits(features[row, a], features[row, b]), batch.labels)
+        return losses.sum()
+
+    def known(numbers: list[int]) -> int:
+        return max(1, sum(not math.isnan(label) for i in numbers for row in examples[i].labels for label in row))
+
+    task = Task(
+        rows_of=lambda step: batch_rows(len(rows), size, seed, step),
+        loss_of=loss_of,
+        weight_of=known,
+        length_of=lambda i: row_length(rows[i]),
+    )
 
     def after_step(progressed: Progressed) -> None:
         nonlocal best
@@ -121,7 +136,7 @@ def fit_preference_model(
             if cost < best[0]:
                 best = (cost, copy.deepcopy(model.state_dict()))
 
-    trainer.fit(loss_of, after_step=after_step)
+    trainer.fit(task, after_step=after_step)
     accelerator.free_memory()
     model.load_state_dict(best[1])
     logits, labels = heldout_logits(model, *heldout, collate)

@@ -21,6 +21,7 @@ FREE_ON_RESUME = (
     "log_every",
     "checkpoint_every",
     "cache",
+    "token_budget",
     "evaluation",
 )  # change no trained number
 

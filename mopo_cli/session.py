@@ -15,6 +15,7 @@ from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # before transformers is imported
 
+import torch
 import transformers
 from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
@@ -22,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from mopo_cli import config as configs
 from mopo_cli.config import TrainConfig
 from mopo_cli.console import say
-from mopo_cli.errors import UserError
+from mopo_cli.errors import AcceleratorMemoryError, UserError
 from mopo_cli.processes import agree
 from mopo_cli.runs import RunDirectory, check_same_settings, claim, open_run, read_json, write_atomic, write_json
 from mopo_cli.tracking import Tracker
@@ -84,6 +85,14 @@ def recorded(
             if sys.argv[1:2] == ["train"] and not {"-m", "--multirun"} & {*sys.argv}:  # a sweep has its own word
                 say(f"interrupted; go on with: {resume_command(run, sys.argv[2:])}")
         raise
+    except torch.OutOfMemoryError as error:  # outside of a training step, which has a message of its own
+        text = (
+            "the accelerator's memory ran out on a pass without gradient: lower sampling.batch_size "
+            f"(now {config.sampling.batch_size}) or token_budget (now {config.token_budget or 8192})"
+        )
+        if main:
+            run.set_state("failed", error=text)
+        raise AcceleratorMemoryError(text) from error
     except BaseException as error:
         if main:
             run.set_state("failed", error=f"{type(error).__name__}: {error}")

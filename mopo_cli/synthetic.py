@@ -42,7 +42,7 @@ from mopo_cli.data.structures import Structure, read_structure
 from mopo_cli.errors import UserError
 from mopo_cli.models.tabular import TabularPolicy
 from mopo_cli.runs import claim, write_json
-from mopo_cli.trainer import Trainer
+from mopo_cli.trainer import Task, Trainer
 
 LISTED = 100  # responses that stand for mu where preferences are exact
 ROWS = 400  # sampled pairs a step
@@ -246,7 +246,9 @@ class TabularAlignment:
 
     def fit(self, accelerator: Accelerator) -> None:
         optimiser = OptimiserConfig(self.config.learning_rate, warmup=1, max_grad_norm=0.0, final_fraction=0.01)
-        Trainer(accelerator, self.policy, optimiser, self.config.steps).fit(self._loss, self._before_step)
+        Trainer(accelerator, self.policy, optimiser, self.config.steps).fit(
+            Task(rows_of=lambda step: [step], loss_of=self._loss), self._before_step
+        )
 
     def _shared(self, sheet: Sheet, rows: Tensor | slice) -> LogpBatch:
         """The part of a batch that is the same for every run; log-probs of policy and reference are still mu's."""
@@ -259,7 +261,8 @@ class TabularAlignment:
         """What one run sees of it."""
         return replace(shared, policy_logps=logps[number][actions], reference_logps=self.reference[number][actions])
 
-    def _loss(self, step: int, micro: int) -> Tensor:
+    def _loss(self, steps: list[int]) -> Tensor:
+        step = steps[0]
         logps, sheet = self.policy(), self.evidence.train
         rows = torch.randint(len(sheet.actions), (min(ROWS, len(sheet.actions)),), generator=self.generator)
         actions, shared = sheet.actions[rows], self._shared(sheet, rows)

@@ -155,7 +155,8 @@ def align(
 ) -> tuple[Alignment, Estimate]:
     """Run the method; returns the stage and its own last estimate of R_k."""
     method = inputs.method
-    trainer = Trainer(accelerator, inputs.policy, config.optimiser, config.steps, config.gradient_accumulation)
+    accumulation, budget = config.gradient_accumulation, config.token_budget
+    trainer = Trainer(accelerator, inputs.policy, config.optimiser, config.steps, accumulation, budget)
     judged = [
         judge_rows(judge, inputs.data.objectives, inputs.examples[s], inputs.tokens[s], inputs.collate, labels)
         for s, labels in (("train", method.labels), ("heldout", "observed"))
@@ -173,6 +174,7 @@ def align(
         seed=config.seed,
         initial=initial,
         collate=inputs.collate,
+        cache=config.cache,
     )
     checkpoint = latest_checkpoint(run.checkpoints) if config.run.resume else None
     start = alignment.restore(checkpoint) if checkpoint else 0
@@ -205,7 +207,7 @@ def align(
                     warn(text)
                     tracker.alert(text)
 
-        trainer.fit(alignment.loss, before_step, after_step, start)
+        trainer.fit(alignment.task(), before_step, after_step, start)
     return alignment, alignment.final_estimate(config.steps)
 
 

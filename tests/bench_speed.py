@@ -2,7 +2,8 @@
 
 Every measurement runs in a process of its own, on inputs made here: a random OPT, a word tokenizer, and pairs whose
 lengths are spread like those of 2 307 human dialogues about harmlessness (mean and standard deviation of prompt, chosen
-and rejected), those beyond the context left out. The peer has a virtual environment of its own under outputs/bench/; where that cannot be made it is left out, with the reason.
+and rejected), those beyond the context left out. The peer has a virtual environment of its own under outputs/bench/;
+where that cannot be made it is left out, with the reason.
 """
 
 from __future__ import annotations

@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from mopo_cli.config import SamplingConfig
-from mopo_cli.data.tokens import Collator, Encoder, TokenRow, batch_rows, length_order, pack, row_length
+from mopo_cli.data.tokens import Collator, Encoder, TokenRow, batch_rows, length_order, pack, row_length, under_budget
 from mopo_cli.errors import UserError
 from mopo_cli.models import logprobs
 from mopo_cli.models.attention import attend_by_rows
 from mopo_cli.models.logprobs import (
     all_logps,
     backbone_of,
-    budget_batches,
     can_pack,
     gather_slots,
     head_logps,
@@ -312,8 +311,8 @@ def test_all_logps_is_in_the_order_of_the_rows_whatever_the_budget():
     model, rows = build(ARCHITECTURES["llama"]).train(), some_rows()
     expected = by_hand(model, rows)
     for budget in (1, 30, 10_000):
-        for collate in (PLAIN, PACKED):
-            found = all_logps(model, rows, collate, budget)
+        for packed in (False, True):
+            found = all_logps(model, rows, Collator(0, packed, budget=budget))
             assert [len(f) for f in found] == [3, 2, 1, 3]
             for values, wanted in zip(found, expected, strict=True):
                 torch.testing.assert_close(values, torch.tensor(wanted), atol=1e-4, rtol=1e-4)
@@ -323,10 +322,10 @@ def test_all_logps_is_in_the_order_of_the_rows_whatever_the_budget():
 
 def test_budget_batches_hold_every_row_once_and_keep_the_budget():
     rows = some_rows() * 5
-    batches = budget_batches(rows, 40)
+    batches = under_budget(range(len(rows)), [row_length(row) for row in rows], 40)
     assert sorted(i for batch in batches for i in batch) == list(range(len(rows)))
     assert all(len(batch) == 1 or sum(row_length(rows[i]) for i in batch) <= 40 for batch in batches)
-    assert budget_batches(rows, 0) == [[i] for i in length_order(rows)]
+    assert under_budget(range(len(rows)), [row_length(row) for row in rows], 0) == [[i] for i in length_order(rows)]
 
 
 def test_gather_slots_fills_where_a_row_has_no_response():

@@ -27,7 +27,7 @@ class TokenRow:
 
 
 class Block(NamedTuple):
-    """Tokens of a sequence and those that they look at, with a float (queries, keys) mask: 0 where one may, else -inf."""
+    """Tokens of a sequence and those that they look at; float (queries, keys) mask: 0 where one may, else -inf."""
 
     queries: slice
     keys: slice
@@ -56,8 +56,14 @@ class TokenBatch:
     blocks: tuple[Block, ...] | None = None
 
     def to(self, device: torch.device) -> TokenBatch:
-        def moved(value: object) -> object:
-            return value.to(device) if isinstance(value, Tensor) else value
+        """On another device. To a GPU it goes from pinned memory while the GPU works on what it has been given."""
+        if device.type == "cpu":
+            return self
+
+        def moved(value: Tensor | None) -> Tensor | None:
+            if value is None:
+                return None
+            return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
         blocks = self.blocks and tuple(Block(b.queries, b.keys, b.mask.to(device)) for b in self.blocks)
         return TokenBatch(*(moved(getattr(self, name)) for name in self.__slots__[:-1]), blocks)  # type: ignore[arg-type]
@@ -156,7 +162,8 @@ class Collator:
 
     pad: int
     packed: bool = True  # False for models that cannot take the packed mask
-    apart: bool = False  # True for models that attend row by row (models/logprobs.py); needs `packed`
+    apart: bool = False  # True for models that attend row by row (models/attention.py); needs `packed`
+    budget: int | None = None  # tokens that go through the model at once, where the user sets it
 
     def __call__(self, rows: Sequence[TokenRow]) -> TokenBatch:
         counts = [len(row.responses) for row in rows]
@@ -325,6 +332,19 @@ def batch_rows(size: int, batch: int, seed: int, step: int) -> list[int]:
         rows += take.tolist()
         position += len(take)
     return rows
+
+
+def under_budget(rows: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Rows in batches of at most `budget` tokens (one row at least), longest first: what cannot fit shows at once."""
+    batches: list[list[int]] = []
+    room = -1
+    for length, row in sorted(zip(lengths, rows, strict=True), key=lambda pair: -pair[0]):
+        if length > room:
+            batches.append([])
+            room = budget
+        batches[-1].append(row)
+        room -= length
+    return batches
 
 
 def length_order(rows: Sequence[TokenRow]) -> list[int]:

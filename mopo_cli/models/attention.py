@@ -1,8 +1,8 @@
 """Attention for rows that follow each other without padding: block by block, only where a token may look.
 
-For a CPU, whose attention kernels are made for long sequences of equal length. Rows of some hundred tokens are faster by
-plain matrix products, their probabilities kept for the backward pass; longer ones go through PyTorch's kernel, which
-keeps none.
+For a CPU, whose attention kernels are made for long sequences of equal length. Rows of some hundred tokens are faster
+by plain matrix products, their probabilities kept for the backward pass; longer ones go through PyTorch's kernel,
+which keeps none.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def attend_by_rows(model: nn.Module) -> bool:
 
 
 def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask, blocks=None, **settings: Any):
-    """Attention of transformers' "sdpa", but block by block where the batch has blocks: (1, H, T, D) to (1, T, H, D)."""
+    """transformers' "sdpa", but block by block where the batch has blocks: (1, H, T, D) to (1, T, H, D)."""
     if blocks is None:
         return sdpa_attention_forward(module, query, key, value, mask, **settings)
     if settings.get("softcap") is not None or settings.get("position_bias") is not None or settings.get("dropout"):
@@ -84,7 +84,7 @@ class _Blocks(torch.autograd.Function):
         of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
         for (queries, keys, _), shares in zip(ctx.blocks, kept, strict=True):
             above, q, k, v = gradient[:, queries], query[0, :, queries], key[0, :, keys], value[0, :, keys]
-            slope = torch._softmax_backward_data(torch.bmm(above, v.transpose(1, 2)), shares, -1, shares.dtype)
+            slope = torch.ops.aten._softmax_backward_data(torch.bmm(above, v.transpose(1, 2)), shares, -1, shares.dtype)
             of_query[0, :, queries] = torch.bmm(slope, k)
             of_key[0, :, keys].add_(torch.bmm(slope.transpose(1, 2), q))
             of_value[0, :, keys].add_(torch.bmm(shares.transpose(1, 2), above))

@@ -6,6 +6,7 @@ import difflib
 import functools
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +18,7 @@ import torch
 from huggingface_hub import constants, get_session
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,6 +33,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mopo_cli.config import LoraConfig, ModelConfig, TokenizerConfig
 from mopo_cli.errors import UserError
+from mopo_cli.models.logprobs import backbone_of, compute_in, unwrap
 
 PAD, EOS = "<pad>", "</s>"
 TOKENIZER_FILES = ("*tokeniz*", "*vocab*", "*.model", "*.tiktoken", "merges.txt")
@@ -147,10 +150,23 @@ def load_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: i
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
-    if not config.lora.r:
-        return model
-    with _seeded(seed):
-        return add_lora(model, config.lora)
+    if config.mixed_precision == "bf16":
+        compute_in(model, torch.bfloat16)
+    if config.lora.r:
+        with _seeded(seed):
+            model = add_lora(model, config.lora)
+    if config.compile:
+        _compile(model)
+    return model
+
+
+def _compile(model: nn.Module) -> None:
+    """torch.compile of the transformer, once for all lengths; copies of it (the preference model's) stay plain."""
+    if find_spec("torch._inductor") is None or (not torch.cuda.is_available() and not shutil.which("g++")):
+        raise UserError("model.compile=true: torch.compile needs a C++ compiler (g++) on this machine; found none")
+    backbone = backbone_of(unwrap(model))
+    if backbone is not None:
+        backbone.compile(dynamic=True)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ model's dtype: of a large batch the logits are never held as a whole, neither fo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from mopo_cli.data.tokens import Collator, TokenBatch, TokenRow, length_order, row_length
+from mopo_cli.data.tokens import Collator, TokenBatch, TokenRow, row_length, under_budget
 
 _CHUNK = (2**25, 2**26)  # logits held at once, on a CPU and on a GPU
 _SPLITS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # what `splits` found, a model
@@ -33,9 +34,11 @@ def token_logps(model: nn.Module, batch: TokenBatch) -> Tensor:
     if causal not in _SPLITS:
         _SPLITS[causal] = splits(causal)
     if not _SPLITS[causal]:
-        logits = causal(**_inputs(causal, batch)).logits.flatten(0, 1)[batch.source]
+        with computing(causal):
+            logits = causal(**_inputs(causal, batch)).logits.flatten(0, 1)[batch.source]
         return -nn.functional.cross_entropy(logits.float(), batch.target, reduction="none")
     hidden = hidden_states(backbone_of(causal), batch, batch.source)  # type: ignore[arg-type]
+    hidden = hidden.to(getattr(causal, "compute_dtype", None) or hidden.dtype)
     return head_logps(causal.get_output_embeddings(), hidden, batch.target)  # type: ignore[operator]
 
 
@@ -57,7 +60,7 @@ def _vocabulary(head: nn.Module) -> int:
 
 
 class _HeadLogps(torch.autograd.Function):
-    """Log-probs under a linear head; gradients are summed in float32.
+    """Log-probs under a linear head, multiplied in the dtype of `hidden`; gradients are summed in float32.
 
     Saves its inputs, one number a token, and the probabilities of the first chunk; the logits of the others are made
     again. The slope of a log-prob in the logits is onehot(target) - probabilities, whose two
@@ -69,15 +72,16 @@ class _HeadLogps(torch.autograd.Function):
         normaliser = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         values = torch.empty_like(normaliser)
         first = None
+        low, low_bias = weight.to(hidden.dtype), _like(bias, hidden)
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
-            logits = nn.functional.linear(hidden[part], weight, bias).float()
+            logits = nn.functional.linear(hidden[part], low, low_bias).float()
             values[part] = logits.gather(1, target[part, None])[:, 0]
             highest = logits.amax(-1, keepdim=True)
             total = logits.sub_(highest).exp_().sum(-1)
             normaliser[part] = total.log() + highest[:, 0]
             if not start and any(ctx.needs_input_grad):
-                first = logits.div_(total[:, None]).to(weight.dtype)
+                first = logits.div_(total[:, None]).to(hidden.dtype)
         ctx.save_for_backward(hidden, weight, bias, target, normaliser, first)
         ctx.chunk = chunk
         return values - normaliser
@@ -90,14 +94,15 @@ class _HeadLogps(torch.autograd.Function):
         of_hidden = torch.empty_like(hidden) if for_hidden else None
         of_weight = torch.zeros_like(weight, dtype=torch.float32) if for_weight else None
         of_bias = torch.zeros_like(bias, dtype=torch.float32) if for_bias else None
+        low, low_bias = weight.to(hidden.dtype), _like(bias, hidden)
         for start in range(0, len(hidden), ctx.chunk):
             part = slice(start, start + ctx.chunk)
             shares = first
             if start:
-                logits = nn.functional.linear(hidden[part], weight, bias).float()
-                shares = logits.sub_(normaliser[part, None]).exp_().to(weight.dtype)
+                logits = nn.functional.linear(hidden[part], low, low_bias).float()
+                shares = logits.sub_(normaliser[part, None]).exp_().to(hidden.dtype)
             if of_hidden is not None:
-                expected = (shares @ weight).float()
+                expected = (shares @ low).float()
                 of_hidden[part] = (weight[target[part]].float() - expected) * gradient[part, None]
             if of_weight is not None:
                 _subtract_product(of_weight, shares, scaled[part])
@@ -135,7 +140,22 @@ def _inputs(model: nn.Module, batch: TokenBatch) -> dict[str, Any]:
 
 def hidden_states(backbone: nn.Module, batch: TokenBatch, places: Tensor) -> Tensor:
     """(n, H) outputs of the transformer at n flat positions of the batch."""
-    return backbone(**_inputs(backbone, batch)).last_hidden_state.flatten(0, 1)[places]
+    with computing(backbone):
+        return backbone(**_inputs(backbone, batch)).last_hidden_state.flatten(0, 1)[places]
+
+
+def compute_in(causal: nn.Module, dtype: torch.dtype) -> None:
+    """Mixed precision: matrix products of this model, and of copies of its transformer, in `dtype`."""
+    for module in (causal, backbone_of(causal)):
+        if module is not None:
+            module.compute_dtype = dtype  # type: ignore[assignment]
+
+
+def computing(module: nn.Module) -> AbstractContextManager[object]:
+    """Autocast to the module's compute dtype, where it has one of its own."""
+    dtype = getattr(module, "compute_dtype", None)
+    device = next(module.parameters()).device.type
+    return nullcontext() if dtype is None else torch.autocast(device, dtype)
 
 
 @torch.no_grad()
@@ -242,13 +262,13 @@ def response_logps(model: nn.Module, batch: TokenBatch) -> Tensor:
 
 
 @torch.no_grad()
-def all_logps(model: nn.Module, rows: Sequence[TokenRow], collate: Collator, budget: int | None = None) -> list[Tensor]:
+def all_logps(model: nn.Module, rows: Sequence[TokenRow], collate: Collator) -> list[Tensor]:
     """One (G,) float32 tensor a row, without gradient, batched by length under a token budget."""
     device = next(model.parameters()).device
     training = model.training
     model.eval()
     out: list[Tensor | None] = [None] * len(rows)
-    for numbers in budget_batches(rows, budget or token_budget(device)):
+    for numbers in budget_batches(rows, collate, device):
         batch = collate([rows[i] for i in numbers]).to(device)
         values = sequence_logps(model, batch).cpu()
         start = 0
@@ -259,19 +279,11 @@ def all_logps(model: nn.Module, rows: Sequence[TokenRow], collate: Collator, bud
     return out  # type: ignore[return-value]
 
 
-def token_budget(device: torch.device) -> int:
-    """Tokens of a batch without gradient: on a CPU as many as its caches hold, which is faster than more."""
-    return 2048 if device.type == "cpu" else 8192
+def budget_batches(rows: Sequence[TokenRow], collate: Collator, device: torch.device) -> list[list[int]]:
+    """Row numbers in batches for a pass without gradient, longest first.
 
-
-def budget_batches(rows: Sequence[TokenRow], budget: int) -> list[list[int]]:
-    """Row numbers in batches of at most `budget` tokens (one row at least), longest first."""
-    batches: list[list[int]] = []
-    room = -1
-    for i in length_order(rows):
-        if row_length(rows[i]) > room:
-            batches.append([])
-            room = budget
-        batches[-1].append(i)
-        room -= row_length(rows[i])
-    return batches
+    Under the user's token budget where there is one; on a CPU as many tokens as its caches hold, which is faster than
+    more.
+    """
+    budget = collate.budget or (2048 if device.type == "cpu" else 8192)
+    return under_budget(range(len(rows)), [row_length(row) for row in rows], budget)

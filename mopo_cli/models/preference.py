@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mopo_cli.data.tokens import Collator, TokenBatch, TokenRow
-from mopo_cli.models.logprobs import backbone_of, budget_batches, gather_slots, hidden_states, token_budget, unwrap
+from mopo_cli.models.logprobs import backbone_of, budget_batches, gather_slots, hidden_states, unwrap
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ def features_of(model: PreferenceModel, rows: Sequence[TokenRow], collate: Colla
     training = model.training
     model.eval()
     out: list[Tensor | None] = [None] * len(rows)
-    for numbers in budget_batches(rows, token_budget(device)):
+    for numbers in budget_batches(rows, collate, device):
         values = model(collate([rows[i] for i in numbers]).to(device)).cpu()
         start = 0
         for i in numbers:

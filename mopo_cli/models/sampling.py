@@ -17,7 +17,7 @@ from transformers import (
 
 from mopo_cli.config import SamplingConfig
 from mopo_cli.data.tokens import Encoder
-from mopo_cli.models.logprobs import unwrap
+from mopo_cli.models.logprobs import computing, unwrap
 
 
 class Drawn(NamedTuple):
@@ -86,17 +86,18 @@ def _generate(
     ids = [row for row in ids for _ in range(responses)]
     padded = torch.tensor([[tokenizer.pad_token_id] * (longest - len(row)) + row for row in ids], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=device)
-    output = causal.generate(
-        input_ids=padded,
-        attention_mask=mask,
-        do_sample=False,
-        logits_processor=LogitsProcessorList([*_warpers(config), InverseTransform()]),
-        max_new_tokens=new_tokens,
-        use_cache=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    end = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+    with computing(causal):
+        output = causal.generate(
+            input_ids=padded,
+            attention_mask=mask,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([*_warpers(config), InverseTransform()]),
+            max_new_tokens=new_tokens,
+            use_cache=True,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        end = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
     rows = [_until_end(row, end) for row in output[:, longest:].tolist()]
     return [Drawn(*one) for one in zip(tokenizer.batch_decode(rows, skip_special_tokens=True), rows, strict=True)]
 
