@@ -1,8 +1,7 @@
 """`make bench`: a training step beside the peer's (TRL's DPOTrainer) and beside the machine's matrix-product rate.
 
 Every measurement runs in a process of its own, on inputs made here: a random OPT, a word tokenizer, and pairs whose
-lengths are spread like those of 2 307 human dialogues about harmlessness (mean and standard deviation of prompt, chosen
-and rejected), those beyond the context left out. The peer has a virtual environment of its own under outputs/bench/;
+lengths are spread like those of human dialogues. The peer has a virtual environment of its own under outputs/bench/;
 where that cannot be made it is left out, with the reason.
 """
 
@@ -19,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
@@ -29,23 +28,51 @@ ROOT = Path("outputs/bench")
 PEER = "trl==1.16.0"
 BATCH = 8  # pairs a step, as the peer's
 CONTEXT = 512
+WARM = 2  # steps before the clock starts
+
+
+def opt(layers: int, hidden: int, vocabulary: int) -> dict[str, Any]:
+    return {
+        "model_type": "opt", "vocab_size": vocabulary, "hidden_size": hidden, "ffn_dim": 4 * hidden,
+        "num_hidden_layers": layers, "num_attention_heads": hidden // 64, "word_embed_proj_dim": hidden,
+        "max_position_embeddings": 2048, "dropout": 0.0,
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Size:
+    """A model's shape: its architecture, or the name of the option of conf/model/ that has it."""
+
     name: str
-    layers: int
-    hidden: int
-    vocabulary: int
-    steps: int  # timed
-    peer_steps: int
-    targets: dict[str, float] = field(default_factory=dict)
+    architecture: dict[str, Any] | str
+    batches: int  # of which the data consist: everyone goes through the same
+    targets: dict[str, float]
+    rounds: int = 1  # ours and the peer's in turn
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
+LARGE = {"dpo": 5.5, "mopo": 4.0, "flops": 0.85, "memory": 0.42}
 SIZES = (
-    Size("hidden 256", 4, 256, 8000, 30, 12, {"dpo": 10.0, "mopo": 7.0, "flops": 0.70, "memory": 0.40}),
-    Size("hidden 768", 8, 768, 16000, 8, 6, {"dpo": 5.5, "mopo": 4.0, "flops": 0.85, "memory": 0.42}),
-    Size("OPT-125M", 12, 768, 50272, 5, 4, {"dpo": 5.5, "mopo": 4.0, "flops": 0.85, "memory": 0.42}),
+    Size("hidden 256", opt(4, 256, 8000), 16, {"dpo": 10.0, "mopo": 7.0, "flops": 0.70, "memory": 0.40}, 2),
+    Size("hidden 768", opt(8, 768, 16000), 6, LARGE),
+    Size("OPT-125M", opt(12, 768, 50272), 5, LARGE),
+)
+GPU = {"dpo": 2.0, "mopo": 1.5, "flops": 0.5, "memory": 1.0}
+GPU_SIZES = (
+    Size("OPT-1.3B, bf16", "opt1.3b", 20, GPU, 2, {"mixed_precision": "bf16"}),
+    Size("Llama-3.1-8B, LoRA", "llama3.1-8b", 10, GPU, 1, {"dtype": "bfloat16", "lora_r": 16}),
+)
+SAVINGS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("nothing", {}),
+    ("token_budget=512", {"budget": 512}),
+    ("gradient_accumulation=2, of 4 pairs each", {"accumulation": 2}),
+    ("model.gradient_checkpointing=true", {"model": {"gradient_checkpointing": True}}),
+    ("model.mixed_precision=bf16", {"model": {"mixed_precision": "bf16"}}),
+    ("model.dtype=bfloat16", {"model": {"dtype": "bfloat16"}}),
+    ("model.compile=true", {"model": {"compile": True}}),
+    ("optimiser.fused=false", {"fused": False}),
+    ("model.lora.r=16", {"model": {"lora_r": 16}}),
+    ("a padded sequence a response", {"layout": "plain"}),
 )
 
 
@@ -65,41 +92,60 @@ class Record:
 # --------------------------------------------------------------------------------------------- inputs
 
 
-def lengths(rng: np.random.Generator, mean: float, spread: float, count: int) -> np.ndarray:
-    """Log-normal token counts with a mean and standard deviation, 2 at least."""
-    variance = np.log(1.0 + (spread / mean) ** 2)
-    drawn = rng.lognormal(np.log(mean) - variance / 2, np.sqrt(variance), count)
-    return np.maximum(drawn.round(), 2).astype(int)
+SHARES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
+QUANTILES = (  # tokens of prompt, chosen and rejected, of 2 307 human dialogues about harmlessness
+    (4, 16, 33, 98, 172, 276, 354, 541, 851),
+    (2, 6, 15, 28, 54, 89, 121, 199, 279),
+    (2, 6, 18, 37, 68, 115, 152, 261, 585),
+)
 
 
-def make_inputs(size: Size, count: int = 400) -> Path:
+def lengths(rng: np.random.Generator, count: int) -> np.ndarray:
+    """(count, 3) token counts with the quantiles above, in an order of chance; pairs beyond the context left out."""
+    drawn = np.empty((0, 3), int)
+    while len(drawn) < count:
+        even = (np.arange(2 * count) + 0.5) / (2 * count)
+        columns = [rng.permutation(np.interp(even, SHARES, values)).round().astype(int) for values in QUANTILES]
+        rows = np.stack(columns, axis=1)
+        drawn = np.concatenate([drawn, rows[rows[:, 0] + rows[:, 1:].max(axis=1) < CONTEXT]])
+    return drawn[:count]
+
+
+def architecture_of(size: Size) -> dict[str, Any]:
+    if isinstance(size.architecture, dict):
+        return size.architecture
+    from omegaconf import OmegaConf
+
+    from mopo_cli import config
+
+    node = config.compose("train", [f"model={size.architecture}"]).model.architecture
+    return OmegaConf.to_container(node)  # type: ignore[return-value]
+
+
+def make_inputs(size: Size) -> Path:
     """outputs/bench/inputs/SIZE: model/ in the hub's layout, with a tokenizer, and pairs.jsonl in TRL's format."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    target = ROOT / "inputs" / size.name.replace(" ", "-")
+    target = ROOT / "inputs" / size.name.replace(" ", "-").replace(",", "")
     if (target / "pairs.jsonl").exists():
         return target
-    words = ["<pad>", "</s>", *(f"w{i}" for i in range(2, size.vocabulary))]
+    architecture = dict(architecture_of(size))
+    vocabulary = architecture["vocab_size"]
+    words = ["<pad>", "</s>", *(f"w{i}" for i in range(2, vocabulary))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", bos_token="</s>")
     fast.save_pretrained(target / "model")
     torch.manual_seed(0)
-    config = OPTConfig(
-        vocab_size=size.vocabulary, hidden_size=size.hidden, ffn_dim=4 * size.hidden, num_hidden_layers=size.layers,
-        num_attention_heads=size.hidden // 64, word_embed_proj_dim=size.hidden, max_position_embeddings=2048,
-        pad_token_id=0, eos_token_id=1, bos_token_id=1, dropout=0.0,
-    )  # fmt: skip
-    OPTForCausalLM(config).save_pretrained(target / "model")
+    special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
+    config = AutoConfig.for_model(architecture.pop("model_type"), **{**architecture, **special})
+    dtype = getattr(torch, size.settings.get("dtype", "float32"))
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(target / "model")
     rng = np.random.default_rng(0)
-    drawn = np.stack([lengths(rng, 125.6, 115.3, 4 * count), lengths(rng, 40.9, 39.6, 4 * count),
-                      lengths(rng, 52.5, 53.7, 4 * count)], axis=1)  # fmt: skip
-    fits = drawn[:, 0] + drawn[:, 1:].max(axis=1) < CONTEXT  # neither side truncates
-    shapes = drawn[fits][:count]
     with open(target / "pairs.jsonl", "w", encoding="utf-8") as file:
-        for sizes in shapes.tolist():
-            prompt, chosen, rejected = (" ".join(f"w{i}" for i in rng.integers(2, size.vocabulary, n)) for n in sizes)
+        for sizes in lengths(rng, size.batches * BATCH).tolist():
+            prompt, chosen, rejected = (" ".join(f"w{i}" for i in rng.integers(2, vocabulary, n)) for n in sizes)
             file.write(json.dumps({"prompt": prompt, "chosen": f" {chosen}", "rejected": f" {rejected}"}) + "\n")
     return target
 
@@ -140,89 +186,118 @@ def random_rows(count: int, vocabulary: int, prompt: int, response: int, respons
     return [TokenRow(tokens(prompt), [tokens(response) for _ in range(responses)]) for _ in range(count)]
 
 
-def useful_flops(rows: Sequence[Any], layers: int, hidden: int, vocabulary: int, passes: int) -> float:
+def useful_flops(rows: Sequence[Any], shape: dict[str, Any], passes: int) -> float:
     """Multiplications and additions that these rows need, prompts once and the head on response tokens only.
 
-    passes: 3 for forward and backward, 1 for forward alone.
+    passes: 3 for forward and backward, 1 for forward alone. shape: a model's config.
     """
-    body = 12 * hidden**2 * layers
+    hidden, layers = shape["hidden_size"], shape["num_hidden_layers"]
+    grouped = hidden * (shape.get("num_key_value_heads") or shape["num_attention_heads"]) / shape["num_attention_heads"]
+    gated = 3 * shape["intermediate_size"] if "intermediate_size" in shape else 2 * shape["ffn_dim"]
+    body = layers * hidden * (2 * hidden + 2 * grouped + gated)
     total = 0.0
     for row in rows:
         p, answers = len(row.prompt), [len(r) for r in row.responses]
         looks = p * (p + 1) / 2 + sum(n * p + n * (n + 1) / 2 for n in answers)
-        total += 2 * ((p + sum(answers)) * body + sum(answers) * hidden * vocabulary + 2 * layers * hidden * looks)
+        total += 2 * ((p + sum(answers)) * body + sum(answers) * hidden * shape["vocab_size"])
+        total += 4 * layers * hidden * looks
     return passes * total
+
+
+def load_inputs(spec: dict[str, Any]) -> tuple[Any, Any, list[Any]]:
+    """The model's config, the model, and the token rows that a measurement runs on."""
+    from mopo_cli.config import ModelConfig
+    from mopo_cli.data.tokens import Encoder
+    from mopo_cli.models.load import load_policy, load_tokenizer
+
+    inputs = Path(spec["inputs"])
+    settings = {"path": str(inputs / "model"), "max_length": CONTEXT, **spec.get("model", {})}
+    lora = settings.pop("lora_r", 0)
+    config = ModelConfig(**settings)
+    config.lora.r = lora
+    tokenizer = load_tokenizer(config, [])
+    if "rows" in spec:
+        rows = random_rows(**spec["rows"])
+    else:
+        encoder = Encoder(tokenizer, CONTEXT)
+        pairs = [json.loads(line) for line in (inputs / "pairs.jsonl").read_text().splitlines()]
+        rows = [encoder.row(p["prompt"], [p["chosen"], p["rejected"]]) for p in pairs]
+    return config, load_policy(config, tokenizer, 0), rows
 
 
 def measure(spec: dict[str, Any]) -> dict[str, float]:
     """Pairs and tokens a second, share of the matrix-product rate, and peak memory, of one method on one input."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from accelerate import Accelerator
 
     from mopo_cli.algorithms.mopo import LogpBatch, Mopo
-    from mopo_cli.data.tokens import Collator, Encoder, batch_rows, row_length
+    from mopo_cli.config import OptimiserConfig
+    from mopo_cli.data.tokens import Collator, batch_rows, row_length
     from mopo_cli.models.attention import attend_by_rows
-    from mopo_cli.models.logprobs import response_logps
+    from mopo_cli.models.logprobs import response_logps, unwrap
     from mopo_cli.models.reference import reference_logps, snapshot
+    from mopo_cli.trainer import Progressed, Task, Trainer
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    inputs = Path(spec["inputs"])
-    model = AutoModelForCausalLM.from_pretrained(inputs / "model", dtype=dtype)
-    model.to(torch.device(device)).train()  # type: ignore[arg-type]
-    if "rows" in spec:
-        rows = random_rows(**spec["rows"])
-    else:
-        encoder = Encoder(AutoTokenizer.from_pretrained(inputs / "model"), CONTEXT)
-        pairs = [json.loads(line) for line in (inputs / "pairs.jsonl").read_text().splitlines()]
-        rows = [encoder.row(p["prompt"], [p["chosen"], p["rejected"]]) for p in pairs]
-    apart = device == "cpu" and spec.get("layout") != "plain" and attend_by_rows(model)
-    collate = Collator(0, packed=spec.get("layout") != "plain", apart=apart)
+    accelerator = Accelerator()
+    device = accelerator.device
+    config, model, rows = load_inputs(spec)
+    shape = unwrap(model).config.to_dict()  # type: ignore[operator, union-attr]
+    low = device.type == "cuda"
+    packed = spec.get("layout") != "plain"
+    apart = device.type == "cpu" and packed and not config.compile and attend_by_rows(model)
+    collate = Collator(0, packed, apart, spec.get("budget"))
+    steps, count, objectives = spec["steps"] + WARM, spec.get("batch", BATCH), spec.get("objectives", 2)
+    fused = spec.get("fused", True)
+    trainer = Trainer(
+        accelerator, model, OptimiserConfig(1e-6, fused=fused), steps, spec.get("accumulation", 1), spec.get("budget")
+    )
     reference = snapshot(model)
-    cached = reference_logps(model, reference, rows, collate) if spec["method"] == "dpo" else []
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    objectives = spec.get("objectives", 2)
+    cached: dict[int, torch.Tensor] = {}
+    if spec["method"] == "dpo":  # references precomputed, as the peer's
+        used = sorted({i for step in range(steps) for i in batch_rows(len(rows), count, 0, step)})
+        values = reference_logps(model, reference, [rows[i] for i in used], collate)
+        cached = dict(zip(used, values, strict=True))
     method = Mopo(tuple(map(str, range(objectives))), (0.5,) * (objectives - 1), 0.08, 1.0, "auto", float("inf"))
 
-    def step(number: int) -> list[Any]:
-        chosen = batch_rows(len(rows), spec.get("batch", BATCH), 0, number)
-        taken = [rows[i] for i in chosen]
-        batch = collate(taken).to(torch.device(device))
-        logps = response_logps(model, batch)
-        before = [cached[i] for i in chosen] if cached else reference_logps(model, reference, taken, collate)
+    def loss_of(numbers: list[int]) -> torch.Tensor:
+        taken = [rows[i] for i in numbers]
+        logps = response_logps(model, collate(taken).to(device))
+        before = [cached[i] for i in numbers] if cached else reference_logps(model, reference, taken, collate)
         ref = torch.stack(before).to(device)
         if spec["method"] == "dpo":
-            loss = -torch.nn.functional.logsigmoid(0.1 * ((logps - ref)[:, 0] - (logps - ref)[:, 1])).mean()
-        else:
-            everywhere = torch.ones_like(ref, dtype=torch.bool)
-            rates = torch.full((*ref.shape, objectives), 0.5, device=device)
-            loss = method.loss(LogpBatch(logps, ref, ref, rates, everywhere, everywhere)).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
-        return taken
+            return -torch.nn.functional.logsigmoid(0.1 * ((logps - ref)[:, 0] - (logps - ref)[:, 1])).sum()
+        everywhere = torch.ones_like(ref, dtype=torch.bool)
+        even = torch.full((*ref.shape, objectives), 0.5, device=device)
+        return method.loss(LogpBatch(logps, ref, ref, even, everywhere, everywhere)).sum()
 
-    for number in range(2):
-        step(number)
-    _finish(device)
-    rates, flops, pairs, tokens, seconds = [], 0.0, 0, 0, 0.0
+    rates: list[float] = []
+    flops, pairs, tokens, seconds, started = 0.0, 0, 0, 0.0, 0.0
     passes = 3 if cached else 4  # the lagged reference is one more pass forward
-    config = model.config
-    for number in range(2, 2 + spec["steps"]):
-        if number % 4 == 2:
-            rates.append(matrix_rate(dtype, device))  # beside the steps: the machine's speed drifts
+
+    def before_step(step: int) -> None:
+        nonlocal started
+        if step >= WARM and step % 4 == WARM % 4:
+            rates.append(matrix_rate(torch.bfloat16 if low else torch.float32, device.type))  # its speed drifts
+        _finish(device.type)
         started = time.perf_counter()
-        taken = step(number)
-        _finish(device)
+
+    def after_step(progressed: Progressed) -> None:
+        nonlocal flops, pairs, tokens, seconds
+        _finish(device.type)
+        if progressed.step <= WARM:
+            return
         seconds += time.perf_counter() - started
-        flops += useful_flops(taken, config.num_hidden_layers, config.hidden_size, config.vocab_size, passes)
+        taken = [rows[i] for i in batch_rows(len(rows), count, 0, progressed.step - 1)]
+        flops += useful_flops(taken, shape, passes)
         pairs += len(taken)
         tokens += sum(map(row_length, taken))
+
+    task = Task(lambda step: batch_rows(len(rows), count, 0, step), loss_of, length_of=lambda i: row_length(rows[i]))
+    trainer.fit(task, before_step, after_step)
     return {
         "pairs_per_s": pairs / seconds,
         "tokens_per_s": tokens / seconds,
         "flops_share": flops / seconds / median(rates),
-        "peak_memory_mb": _peak(device),
+        "peak_memory_mb": _peak(device.type),
         "matrix_gflops": median(rates) / 1e9,
     }
 
@@ -251,20 +326,27 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
-folder, steps, batch, longest = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-model = AutoModelForCausalLM.from_pretrained(f"{folder}/model")
+folder, steps, batch, longest, lora = sys.argv[1], *map(int, sys.argv[2:6])
+import torch
+gpu = torch.cuda.is_available()
+model = AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype="auto")
+peft = None
+if lora:
+    from peft import LoraConfig
+    peft = LoraConfig(r=lora, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 tokenizer = AutoTokenizer.from_pretrained(f"{folder}/model")
-data = load_dataset("json", data_files=f"{folder}/pairs.jsonl", split="train").select(range((steps + 5) * batch))
+data = load_dataset("json", data_files=f"{folder}/pairs.jsonl", split="train")
 ends = []
 class Clock(TrainerCallback):
     def on_step_end(self, *args, **settings):
         ends.append(time.perf_counter())
 config = DPOConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=batch, max_steps=steps + 2,
                    max_length=longest, learning_rate=1e-6, logging_steps=1000, save_strategy="no", report_to=[],
-                   bf16=False, gradient_checkpointing=False, use_cpu=True, disable_tqdm=True,
+                   bf16=gpu, gradient_checkpointing=False, use_cpu=not gpu, disable_tqdm=True,
                    precompute_ref_log_probs=True)
-DPOTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[Clock()]).train()
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+DPOTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[Clock()],
+           peft_config=peft).train()
+peak = torch.cuda.max_memory_allocated() / 2**20 if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 print(json.dumps({"pairs_per_s": (len(ends) - 2) * batch / (ends[-1] - ends[1]), "peak_memory_mb": peak}))
 """
 
@@ -289,8 +371,8 @@ def peer_python() -> str:
     return str(python)
 
 
-def peer(python: str, inputs: Path, steps: int) -> dict[str, float]:
-    arguments = [str(inputs), str(steps), str(BATCH), str(CONTEXT)]
+def peer(python: str, inputs: Path, size: Size) -> dict[str, float]:
+    arguments = [str(inputs), *map(str, (size.batches, BATCH, CONTEXT, size.settings.get("lora_r", 0)))]
     done = subprocess.run([python, "-c", PEER_SCRIPT, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the peer failed: {done.stderr.strip().splitlines()[-1]}")
@@ -301,14 +383,22 @@ def peer(python: str, inputs: Path, steps: int) -> dict[str, float]:
 
 
 def compare(size: Size, python: str | None) -> list[Record]:
-    """Our DPO and MOPO, and the peer, on one size."""
+    """Our DPO and MOPO, and the peer, on one size; in rounds, since the machine's speed drifts."""
     inputs = make_inputs(size)
-    theirs = peer(python, inputs, size.peer_steps) if python else None
+    runs: dict[str, list[dict[str, float]]] = {"dpo": [], "mopo": [], "trl": []}
+    for _ in range(size.rounds):
+        for name in ("dpo", "mopo"):
+            spec = {"inputs": str(inputs), "method": name, "steps": size.batches * size.rounds, "model": size.settings}
+            runs[name].append(apart(spec))
+        if python:
+            runs["trl"].append(peer(python, inputs, size))
+    found = {name: {key: mean(r[key] for r in of) for key in of[0]} for name, of in runs.items() if of}
+    theirs = found.get("trl")
     records = []
     for name in ("dpo", "mopo"):
-        ours = apart({"inputs": str(inputs), "method": name, "steps": size.steps})
-        ratio = ours["pairs_per_s"] / theirs["pairs_per_s"] if theirs else None
+        ours = found[name]
         numbers = {key: ours[key] for key in ("pairs_per_s", "tokens_per_s", "flops_share", "peak_memory_mb")}
+        ratio = ours["pairs_per_s"] / theirs["pairs_per_s"] if theirs else None
         records.append(Record(size.name, name, **numbers, ratio_to_trl=ratio))
         show(size, records[-1], theirs, ours["matrix_gflops"])
     if theirs:
@@ -316,6 +406,22 @@ def compare(size: Size, python: str | None) -> list[Record]:
         print(f"| {size.name} | TRL, references precomputed | {theirs['pairs_per_s']:.2f} | | | "
               f"{theirs['peak_memory_mb']:.0f} | |", flush=True)  # fmt: skip
     return records
+
+
+def savings(size: Size) -> list[tuple[str, float, float]]:
+    """(setting, pairs/s, megabytes) of our DPO."""
+    inputs = make_inputs(size)
+    print(f"\n| {size.name}, setting | pairs/s | MB |\n|---|---:|---:|")
+    found = []
+    for label, more in SAVINGS:
+        try:
+            n = apart({"inputs": str(inputs), "method": "dpo", "steps": size.batches, **more})
+        except RuntimeError as error:
+            print(f"| {label} | {error} | |", flush=True)
+            continue
+        found.append((label, n["pairs_per_s"], n["peak_memory_mb"]))
+        print(f"| {label} | {n['pairs_per_s']:.2f} | {n['peak_memory_mb']:.0f} |", flush=True)
+    return found
 
 
 def show(size: Size, record: Record, theirs: dict[str, float] | None, rate: float) -> None:
@@ -329,12 +435,12 @@ def show(size: Size, record: Record, theirs: dict[str, float] | None, rate: floa
           f"{share} | {memory} | {ratio} |", flush=True)  # fmt: skip
 
 
-def growth(inputs: Path, vocabulary: int) -> dict[str, list[tuple[str, float, float]]]:
+def growth(inputs: Path) -> dict[str, list[tuple[str, float, float]]]:
     """How a step grows: (what, seconds a prompt relative to the first line, megabytes) of each table."""
 
     def of(label: str, shape: tuple[int, int, int], **more: Any) -> tuple[str, dict[str, float]]:
         prompt, response, responses = shape
-        rows = {"count": 64, "vocabulary": vocabulary, "prompt": prompt, "response": response, "responses": responses}
+        rows = {"count": 64, "vocabulary": 8000, "prompt": prompt, "response": response, "responses": responses}
         return label, apart({"inputs": str(inputs), "method": "dpo", "steps": 12, "rows": rows, **more})
 
     tables: dict[str, Callable[[], list[tuple[str, dict[str, float]]]]] = {
@@ -410,13 +516,14 @@ def main() -> int:
     except RuntimeError as error:
         python = None
         print(f"without the peer: {error}")
+    sizes = GPU_SIZES if torch.cuda.is_available() else SIZES
     print(f"{platform.machine()}, {os.cpu_count()} cores, PyTorch {torch.__version__}, {BATCH} pairs a step\n")
     print("| size | method | pairs/s | tokens/s | useful FLOP/s | MB | times TRL |\n|---|---|---:|---:|---|---|---|")
-    records = [record for size in SIZES[: 1 if arguments.small else None] for record in compare(size, python)]
+    records = [record for size in sizes[: 1 if arguments.small else None] for record in compare(size, python)]
     ROOT.mkdir(parents=True, exist_ok=True)
     (ROOT / "bench.json").write_text(json.dumps([asdict(record) for record in records], indent=2) + "\n")
     if not arguments.small:
-        tables = {"growth": growth(make_inputs(SIZES[0]), SIZES[0].vocabulary), "data": data_growth()}
+        tables = {"savings": savings(sizes[-2]), "growth": growth(make_inputs(SIZES[0])), "data": data_growth()}
         (ROOT / "growth.json").write_text(json.dumps(tables, indent=2) + "\n")
     print(f"\n{ROOT / 'bench.json'}")
     return 0

@@ -1,4 +1,4 @@
-"""The training loop: the same update however a step is cut up, memory that runs out, and nothing read from the device."""
+"""The training loop: the same update however a step is cut up, memory that runs out, no reading from the device."""
 
 from __future__ import annotations
 
