@@ -20,7 +20,7 @@ from mopo_cli.algorithms.mopo import Estimate
 from mopo_cli.alignment import Alignment
 from mopo_cli.config import TrainConfig
 from mopo_cli.console import say, stage, warn
-from mopo_cli.evaluate import (
+from mopo_cli.evaluation import (
     Evaluation,
     Exact,
     Models,
@@ -30,7 +30,7 @@ from mopo_cli.evaluate import (
     show_results,
     write_samples,
 )
-from mopo_cli.inputs import Inputs, judged_test
+from mopo_cli.inputs import Inputs
 from mopo_cli.models.save import save_model
 from mopo_cli.runs import RunDirectory, write_json
 from mopo_cli.tracking import Tracker
@@ -64,7 +64,7 @@ def finish(
     thresholds = dict(zip(names[1:], method.state.thresholds, strict=True))
     estimated = dict(zip(names, estimate.win_rates.tolist(), strict=True))
     with stage("evaluation", 2) as progress:
-        test = judged_test(models.judge, inputs)
+        test = inputs.examples["test"]
         evaluation = evaluate_samples(
             models, inputs.data, test, thresholds, estimated, config.evaluation, config.sampling, config.seed
         )
