@@ -202,7 +202,7 @@ class ScorerConfig:
 
     objective: str | None = None  # the objective it judges; null: reported beside the objectives
     path: str | None = None  # a hub id or a model directory
-    text: str = "{prompt}{response}"  # what the model reads, from {prompt} {response} {context} {dialogue} {document} {bos}
+    text: str = "{prompt}{response}"  # what the model reads (mopo_cli/scorers.py: FIELDS)
     text_pair: str | None = None  # the second text of a pair
     label: str | None = None  # the class whose probability is the score; null: the model's only output
     labels: list[str] | None = None  # the classes in order, for a model whose config names none

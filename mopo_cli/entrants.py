@@ -193,7 +193,8 @@ def _answered(row: dict[str, Any], where: str) -> Answered:
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt
     )
     if not (isinstance(prompt, str) or (conversation and prompt)):
-        raise UserError(f"{where}: prompt must be a string or a list of messages; the row has {', '.join(row) or 'nothing'}")
+        found = ", ".join(row) or "nothing"
+        raise UserError(f"{where}: prompt must be a string or a list of messages; the row has {found}")
     given = row.get("responses", row.get("response"))
     responses = _texts(given, where, "response (or responses)")
     if not responses:

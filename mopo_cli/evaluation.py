@@ -29,7 +29,6 @@ from mopo_cli.runs import RunDirectory, write_atomic
 from mopo_cli.significance import bootstrap_ci, verdict
 from mopo_cli.types import Example, PreferenceData
 
-
 POLICY_SEED, REFERENCE_SEED = 104729, 15485863  # apart, so that their samples are independent
 
 
@@ -107,12 +106,19 @@ def data_answers(examples: Sequence[Example], encoder: Encoder | None = None) ->
     texts = [[as_text(response) for response in e.responses] for e in examples]
     tokens = None
     if encoder is not None:
-        tokens = [TokenRow(encoded_prompt(encoder, e), [encoder.response_ids(r) for r in e.responses]) for e in examples]
+        tokens = [
+            TokenRow(encoded_prompt(encoder, e), [encoder.response_ids(r) for r in e.responses]) for e in examples
+        ]
     return Answers(texts, tokens, encoder)
 
 
 def sampled_answers(
-    policy: nn.Module, encoder: Encoder, examples: Sequence[Example], responses: int, sampling: SamplingConfig, seed: int
+    policy: nn.Module,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    responses: int,
+    sampling: SamplingConfig,
+    seed: int,
 ) -> Answers:
     """`responses` samples of the policy to each prompt."""
     asked = [encoded_prompt(encoder, example) for example in examples]
@@ -139,9 +145,7 @@ def evaluate_samples(
     """Win rates of sampled responses on test prompts, with bootstrap intervals over prompts, and the sampled KL."""
     examples = evaluated_prompts(test, config.prompts, seed)
     given = data_answers(examples, models.encoder)
-    answers = sampled_answers(
-        models.policy, models.encoder, examples, config.responses, sampling, seed + POLICY_SEED
-    )
+    answers = sampled_answers(models.policy, models.encoder, examples, config.responses, sampling, seed + POLICY_SEED)
     features = PreferenceFeatures(models.judge, models.encoder, models.collate)
     results, rates = {}, {}
     for k, objective in enumerate(data.objectives):

@@ -94,9 +94,7 @@ def _scores(axis: Axes, name: str, evaluated: Sequence[Evaluated], scale: Mappin
     axis.grid(axis="y", visible=False)
 
 
-def _point(
-    axis: Axes, value: float, interval: tuple[float, float], y: float, marker: str, colour: str
-) -> None:
+def _point(axis: Axes, value: float, interval: tuple[float, float], y: float, marker: str, colour: str) -> None:
     if not math.isnan(value):
         bar = [[value - interval[0]], [interval[1] - value]]
         axis.errorbar([value], [y], xerr=bar, fmt=marker, color=colour, capsize=3, markersize=5.5)

@@ -129,8 +129,10 @@ def _show_many(evaluated: Sequence[Evaluated]) -> None:
         kl = "" if one.kl is None else f"{one.kl:.3f}"
         table.add_row(escape(one.name), *cells, kl, f"{one.wording.words:.1f}")
     show(table)
-    asked = {name: sorted({one.objectives[name].threshold for one in evaluated} - {None})
-             for name in evaluated[0].objectives}  # fmt: skip
+    asked = {
+        name: sorted({value for one in evaluated if (value := one.objectives[name].threshold) is not None})
+        for name in evaluated[0].objectives
+    }
     told = [f"{name} {' / '.join(f'{value:.3f}' for value in values)}" for name, values in asked.items() if values]
     if told:
         say(f"win rates against the data's responses; yes, no: whether the threshold is kept ({', '.join(told)})")

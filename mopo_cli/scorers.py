@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -164,7 +165,8 @@ class Classifier:
         return values.numpy()
 
     def _longer(self, columns: list[list[str]], limit: int) -> int:
-        return sum(len(ids) > limit for ids in self.tokenizer(*columns, verbose=False)["input_ids"])  # type: ignore[arg-type]
+        whole: Any = self.tokenizer(*columns, verbose=False)  # type: ignore[arg-type]
+        return sum(len(ids) > limit for ids in whole["input_ids"])
 
     def longest(self) -> int | None:
         """Tokens that the model takes: as configured, no more than it has positions for; None where nothing limits."""
@@ -178,7 +180,8 @@ class Classifier:
 def label_index(model: PreTrainedModel, config: ScorerConfig, key: str) -> int | None:
     """Which output is the score; None for a model of one output. UserError where the label and the model disagree."""
     size = int(model.config.num_labels)  # type: ignore[arg-type]
-    own = [str((model.config.id2label or {}).get(i, f"LABEL_{i}")) for i in range(size)]
+    names: dict[int, str] = model.config.id2label or {}  # type: ignore[assignment]
+    own = [str(names.get(i, f"LABEL_{i}")) for i in range(size)]
     named = not all(GENERIC.fullmatch(label) for label in own)
     if config.label is None:
         if size != 1:

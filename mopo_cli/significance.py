@@ -49,8 +49,8 @@ def dominance(
     The test is paired by prompt: a two-sided sign-flip permutation test of the mean difference, which assumes nothing
     but that the sign of a prompt's difference would be a coin's if the runs were equal. p-values are adjusted by Holm's
     method over all pairs of runs and all objectives of this call, so that the chance of any false claim of a difference
-    is at most 5 %. At least `permutations` random flips are drawn; more where many pairs are compared, since the least p
-    that can be found is 1 / (1 + flips).
+    is at most 5 %. At least `permutations` random flips are drawn; more where many pairs are compared, since the least
+    p that can be found is 1 / (1 + flips).
     """
     pairs = list(combinations(win_rates, 2))
     if not pairs:

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from running import Finished, mopo, read_json
 
+from mopo_cli.entrants import newest_run
 from mopo_cli.errors import UserError
-from mopo_cli.evaluate import bootstrap_ci, newest_run
+from mopo_cli.significance import bootstrap_ci
 
 Run = Callable[..., Finished]
 QUICK = ("evaluation.exact_prompts=8", "evaluation.prompts=16", "evaluation.bootstrap=50", "sampling.max_new_tokens=12")
