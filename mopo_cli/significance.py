@@ -15,8 +15,10 @@ def bootstrap_ci(values: np.ndarray, draws: int, seed: int) -> tuple[float, floa
     """95 % percentile interval of the mean of (n,) values, prompts resampled."""
     if len(values) < 2 or draws < 1:
         return float(values.mean()), float(values.mean())
-    rng = np.random.default_rng(seed)
-    means = np.array([values[rng.integers(len(values), size=len(values))].mean() for _ in range(draws)])
+    rng, size = np.random.default_rng(seed), len(values)
+    chunk = max(1, 2**22 // size)
+    parts = [rng.integers(size, size=(min(chunk, draws - at), size)) for at in range(0, draws, chunk)]
+    means = np.concatenate([values[part].mean(1) for part in parts])
     return tuple(float(x) for x in np.quantile(means, [0.025, 0.975]))  # type: ignore[return-value]
 
 

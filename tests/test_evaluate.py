@@ -8,35 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from running import Finished, mopo, read_json
 
 from mopo_cli.entrants import newest_run
 from mopo_cli.errors import UserError
-from mopo_cli.significance import bootstrap_ci
 
 Run = Callable[..., Finished]
 QUICK = ("evaluation.exact_prompts=8", "evaluation.prompts=16", "evaluation.bootstrap=50", "sampling.max_new_tokens=12")
-
-
-class TestInterval:
-    def test_holds_the_mean_and_narrows_with_more_prompts(self):
-        values = np.random.default_rng(0).random(400)
-        low, high = bootstrap_ci(values, 200, seed=1)
-        assert low < values.mean() < high
-        few_low, few_high = bootstrap_ci(values[:25], 200, seed=1)
-        assert few_high - few_low > 2 * (high - low)
-
-    def test_is_that_of_a_normal_mean(self):
-        values = np.random.default_rng(0).normal(size=1000)
-        low, high = bootstrap_ci(values, 2000, seed=1)
-        half = 1.96 * values.std() / np.sqrt(len(values))
-        assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.1 * half)
-
-    @pytest.mark.parametrize(("values", "draws"), [([0.7], 100), ([0.2, 0.4], 0)])
-    def test_of_too_little_is_the_mean_itself(self, values: list[float], draws: int):
-        assert bootstrap_ci(np.array(values), draws, seed=0) == (np.mean(values), np.mean(values))
 
 
 class TestChoosingARun:
