@@ -48,14 +48,17 @@ def draw_evaluation(evaluated: Sequence[Evaluated], normalisation: Mapping[str, 
         axes[0][0].set_yticks(range(len(evaluated)), [_label(one.name) for one in evaluated])
         axes[0][0].set_ylim(len(evaluated) - 0.4, -0.6)
         _key(figure, evaluated, names)
+        if scored:
+            fitted = dict.fromkeys(scale["fitted_on"] for scale in normalisation.values())
+            figure.supxlabel(f"scores normalised on {_label('; '.join(fitted), 100)}", fontsize=8.5, color="0.35")
         figure.savefig(path)
         plt.close(figure)
     return path
 
 
-def _label(text: str) -> str:
+def _label(text: str, longest: int = LONGEST) -> str:
     """A name as it is: no mathematics between dollar signs, and not longer than there is room."""
-    short = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+    short = text if len(text) <= longest else text[: longest - 1] + "…"
     return short.replace("$", r"\$")
 
 
@@ -89,8 +92,9 @@ def _scores(axis: Axes, name: str, evaluated: Sequence[Evaluated], scale: Mappin
         _point(axis, r.normalised_score, r.normalised_score_ci95, y, "o", COLOURS[4])
     axis.axvline(0.0, color="0.6", linewidth=0.8)
     judge = _measured(evaluated[0], name).judge
-    axis.set_xlabel(f"score by {_label(judge)}, in standard deviations\n0 is {scale['mean']:.3g}, "
-                    f"1 is {scale['std']:.3g}; of {_label(scale['fitted_on'])}", fontsize=8)  # fmt: skip
+    axis.set_xlabel(
+        f"normalised score, {_label(judge)}\nmean {scale['mean']:.3g}, deviation {scale['std']:.3g}", fontsize=8.5
+    )
     axis.grid(axis="y", visible=False)
 
 

@@ -134,15 +134,17 @@ def _show_many(evaluated: Sequence[Evaluated]) -> None:
         for name in evaluated[0].objectives
     }
     told = [f"{name} {' / '.join(f'{value:.3f}' for value in values)}" for name, values in asked.items() if values]
-    if told:
-        say(f"win rates against the data's responses; yes, no: whether the threshold is kept ({', '.join(told)})")
+    exact = any(r.exact_win_rate is not None for one in evaluated for r in one.objectives.values())
+    text = "exact win rates of the objectives" if exact else "win rates against the data's responses, 95 % intervals"
+    say(text + (f"; yes, no: whether the threshold is kept ({', '.join(told)})" if told else ""))
     _explain_doubt([r for one in evaluated for r in one.objectives.values()])
 
 
 def _cell(r: Measured) -> str:
     if math.isnan(r.win_rate):
         return "" if math.isnan(r.score) else _interval(r.score, r.score_ci95)
-    return f"{_interval(r.win_rate, r.win_rate_ci95)} {kept(r)}".rstrip()
+    rate = _interval(r.win_rate, r.win_rate_ci95) if r.exact_win_rate is None else f"{r.exact_win_rate:.3f}"
+    return f"{rate} {kept(r)}".rstrip()
 
 
 def _interval(value: float, interval: tuple[float, float]) -> str:

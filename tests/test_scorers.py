@@ -1,4 +1,4 @@
-"""Gold scorers: each published one's template on a small model of its class, label maps, functions, and what goes wrong."""
+"""Gold scorers: each published one's template on a small model of its class, label maps, functions and mistakes."""
 
 from __future__ import annotations
 
@@ -91,7 +91,8 @@ class TestPublished:
         scorer = load_scorer(name, config)
         assert isinstance(scorer, Classifier)
         rows = [(example(), text) for text in ("Sorry.", "Seven minutes, and no more of it.", "a", "It depends.")]
-        model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+        outputs = len(KINDS[name][1] or "1")
+        model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=outputs).eval()
         tokenizer = AutoTokenizer.from_pretrained(path)
         expected = []
         for row in rows:
