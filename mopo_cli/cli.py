@@ -29,16 +29,6 @@ COMMANDS = {
         "evaluate runs, models or files of responses side by side, also by gold scorers",
         "mopo eval run='outputs/sweep/NAME/runs/*' scorers=[length]",
     ),
-    "sample": Command(
-        "mopo_cli.sample",
-        "responses of a trained model to your own prompts",
-        'mopo sample run=outputs/train/NAME prompt="How do I boil an egg?"',
-    ),
-    "export": Command(
-        "mopo_cli.export",
-        "a folder to share: weights, tokenizer and a model card with what was measured",
-        "mopo export run=outputs/train/NAME to=DIR",
-    ),
     "sweep": Command(
         "mopo_cli.sweep",
         "train at every point of a grid and collect results.csv",
@@ -58,6 +48,16 @@ COMMANDS = {
         "mopo_cli.synthetic",
         "the method on small tables of preferences whose exact answers are known",
         "mopo synthetic tau=0.05 sizes=[2]",
+    ),
+    "sample": Command(
+        "mopo_cli.sample",
+        "responses of a trained model to your own prompts",
+        'mopo sample run=outputs/train/NAME prompt="How do I boil an egg?"',
+    ),
+    "export": Command(
+        "mopo_cli.export",
+        "a folder to share: weights, tokenizer and a model card with what was measured",
+        "mopo export run=outputs/train/NAME to=DIR",
     ),
 }
 

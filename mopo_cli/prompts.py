@@ -26,9 +26,13 @@ def in_form_of(prompt: str, example: str) -> Text:
 
 
 def known_example(run: RunDirectory) -> tuple[str, str]:
-    """A prompt of the run's data with a response, as its samples show them; empty where there is none."""
-    rows = read_lines(run.samples)
-    return (str(rows[0].get("prompt", "")), str(rows[0].get("response", ""))) if rows else ("", "")
+    """A prompt of the run's data, and what stands for a response: most of its samples show whether they start apart.
+
+    Where the data's responses start with white space, none is put between prompt and response (Encoder.prompt_text).
+    """
+    rows = read_lines(run.samples)[:200]
+    apart = sum(str(row.get("response", ""))[:1].isspace() for row in rows)
+    return str(rows[0].get("prompt", "")) if rows else "", " x" if 2 * apart > len(rows) else "x"
 
 
 def framed_text(run: RunDirectory, prompt: str) -> str:
@@ -38,4 +42,4 @@ def framed_text(run: RunDirectory, prompt: str) -> str:
     model = configs.typed(OmegaConf.create(run.settings()), configs.TrainConfig).model
     encoder = Encoder(AutoTokenizer.from_pretrained(run.model), model.max_length, model.chat_template)
     example, response = known_example(run)
-    return encoder.prompt_text(in_form_of(prompt, example), response or "x")
+    return encoder.prompt_text(in_form_of(prompt, example), response)

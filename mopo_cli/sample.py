@@ -145,13 +145,13 @@ def load_speaker(settings: SampleConfig, entrant: Entrant) -> Speaker:
 
 
 def example_of(settings: SampleConfig, entrant: Entrant, prompt: str) -> Example:
-    """The prompt in the form that the model knows, with a response of the data, which tells how a prompt ends."""
-    example, response = known_example(entrant.run) if entrant.trained else ("", "")
+    """The prompt in the form that the model knows, with what stands for a response, which tells how a prompt ends."""
+    example, response = known_example(entrant.run) if entrant.trained else ("", "x")
     chat = settings.chat
     text: Text = [{"role": "user", "content": prompt}] if chat else prompt
     if chat is None:
         text = in_form_of(prompt, example)
-    return Example(text, (response or "x",), (), ())
+    return Example(text, (response,), (), ())
 
 
 def judged(settings: SampleConfig, speaker: Speaker, examples: Sequence[Example], answers: Answers) -> Rates:

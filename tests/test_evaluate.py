@@ -355,7 +355,7 @@ class TestEvaluating:
         own = ("dataset=pairs", "dataset.path=data.jsonl", "dataset.chosen_means=human", "objectives=human_concise")
         trained = run_here("train", *TINY, *own, "dataset.max_rows=null", "run.dir=a", "dataset.test_fraction=0.3")
         assert trained.status == 0, trained.err
-        done = run_here("eval", "run=a", "evaluation.bootstrap=50", "seed=0")
+        done = run_here("eval", "run=a", *QUICK, "seed=0")
         assert done.status == 0, done.err
         found, summary = read_json(here / "a" / "evaluation.json"), read_json(here / "a" / "summary.json")
         assert found["objectives"]["human"]["judge"] == "preference model"

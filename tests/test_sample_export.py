@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mopo_cli.errors import UserError
 from mopo_cli.export import check_target
 from mopo_cli.model_card import model_card
-from mopo_cli.prompts import in_form_of
+from mopo_cli.prompts import in_form_of, known_example
+from mopo_cli.runs import RunDirectory
 from mopo_cli.sample import printable
 
 Run = Callable[..., Finished]
@@ -39,6 +40,14 @@ class TestPromptForm:
     )
     def test_is_that_of_the_data(self, example: str, form: Any):
         assert in_form_of("Hi", example) == form
+
+    @pytest.mark.parametrize(
+        ("responses", "stands_for"), [((), "x"), (("Seven", " Eight", "Nine"), "x"), ((" a", " b", "c"), " x")]
+    )
+    def test_how_it_ends_is_told_by_most_responses(self, tmp_path: Path, responses: tuple[str, ...], stands_for: str):
+        rows = [json.dumps({"prompt": "p", "response": text}) + "\n" for text in responses]
+        (tmp_path / "samples.jsonl").write_text("".join(rows))
+        assert known_example(RunDirectory(tmp_path)) == ("p" if rows else "", stands_for)
 
     def test_a_transcript_is_taken_as_it_is(self):
         told = "\n\nHuman: Hi\n\nAssistant:"
@@ -183,7 +192,7 @@ class TestWithARun:
         card = (folder / "README.md").read_text()
         found = read_json(smoke / "summary.json")["objectives"]["harmless"]
         assert f"| harmless | secondary | 0.550 | {found['win_rate']:.3f} |" in card
-        assert "tokenizer('How do I boil an egg?\\n'" in card  # the newline that ended prompts in training
+        assert "tokenizer('How do I boil an egg?" in card
         assert read_json(folder / "mopo_summary.json")["objectives"]["harmless"] == found
         assert not list((here / "shared").glob(".*"))
         assert run_here("sample", "run=shared/folder", f"prompt={ASKED}", "model.max_length=512", SHORT).status == 0
