@@ -88,9 +88,10 @@ def command(composed: DictConfig) -> int:
     entrants, unfinished = find_entrants(settings)
     check_alike(entrants)
     with stage("data", 1):
-        given, texts = prepare(settings, entrants)
+        given, encoders = prepare(settings, entrants)
         scorers = {name: load_scorer(name, config) for name, config in settings.scorers.items()}
-    responded, features = respond_all(settings, given, entrants, texts)
+    responded, features, failed = respond_all(settings, given, entrants, encoders)
+    unfinished += failed
     evaluated, scales, comparisons, scores = judge_all(settings, given, responded, features, scorers)
     report_cuts(scorers)
     alone = entrants[0].run if len(entrants) == 1 and not unfinished and entrants[0].kind == "run" else None

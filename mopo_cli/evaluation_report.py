@@ -73,7 +73,7 @@ def show_all(
         _show_many(evaluated)
         _show_comparisons(evaluated, comparisons)
     for one in unfinished:
-        warn(f"left out, unfinished: {one.path} ({one.reason})")
+        warn(f"left out: {one.path} ({one.reason})")
     if scales:
         fitted = dict.fromkeys(scale.fitted_on for scale in scales.values())
         say(f"scores are in standard deviations from the mean of {'; '.join(fitted)}")

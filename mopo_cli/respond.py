@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from mopo_cli.console import stage, warn
 from mopo_cli.data.assistant import World
 from mopo_cli.data.prepare import as_text, load, resolve_objectives
 from mopo_cli.data.tokens import Collator, Encoder
-from mopo_cli.entrants import Entrant, finished_run
+from mopo_cli.entrants import Entrant, Unfinished, finished_run
 from mopo_cli.errors import UserError
 from mopo_cli.evaluation import (
     POLICY_SEED,
@@ -187,7 +189,8 @@ def encoder_of(settings: EvalConfig, entrant: Entrant, data: PreferenceData) -> 
 
 def tokenizer_of(entrant: Entrant, model: ModelConfig) -> PreTrainedTokenizerBase:
     if entrant.kind == "run":
-        return AutoTokenizer.from_pretrained(entrant.run.model)
+        with reading(entrant.run.model):
+            return AutoTokenizer.from_pretrained(entrant.run.model)
     return load_tokenizer(model, [])
 
 
@@ -196,29 +199,44 @@ def tokenizer_of(entrant: Entrant, model: ModelConfig) -> PreTrainedTokenizerBas
 
 def respond_all(
     settings: EvalConfig, given: Given, entrants: Sequence[Entrant], encoders: dict[str, Encoder]
-) -> tuple[list[Responded], PreferenceFeatures | None]:
-    """Every entrant's responses, one model in memory at a time; and the preference model, where one judges."""
+) -> tuple[list[Responded], PreferenceFeatures | None, list[Unfinished]]:
+    """Every entrant's responses, one model in memory at a time; the preference model, where one judges; and those of
+    many entrants that cannot be loaded."""
     wanted = needs_preference_model(settings, given.data)
     features: PreferenceFeatures | None = None
-    responded = []
+    responded, failed = [], []
     with stage("responses", len(entrants)) as progress:
         for number, entrant in enumerate(entrants, start=1):
             started = time.perf_counter()
-            if entrant.kind == "responses":
-                one = answers_of_file(entrant, given.examples)
-            elif entrant.kind == "model":
-                one = respond_model(settings, given, entrant, encoders[entrant.name])
-            else:
-                judges = wanted and given.home is not None and given.home.path == entrant.path
-                one, found = respond_run(settings, given, entrant, encoders[entrant.name], judges)
-                features = found or features
+            judges = wanted and given.home is not None and given.home.path == entrant.path
+            try:
+                one, found = respond(settings, given, entrant, encoders.get(entrant.name), judges)
+            except UserError as error:
+                if len(entrants) == 1:
+                    raise
+                failed.append(Unfinished(entrant.path, str(error)))
+                continue
+            features = found or features
             one.seconds = time.perf_counter() - started
             responded.append(one)
             gc.collect()
             progress.advance(number)
+        if not responded:
+            raise UserError("; ".join(one.reason for one in failed))
         if wanted and features is None and given.home is not None:
             features = features_of_run(settings, given.home, given.data)
-    return responded, features
+    return responded, features, failed
+
+
+def respond(
+    settings: EvalConfig, given: Given, entrant: Entrant, encoder: Encoder | None, judges: bool
+) -> tuple[Responded, PreferenceFeatures | None]:
+    """One entrant's responses; with `judges`, its preference model as well."""
+    if encoder is None:
+        return answers_of_file(entrant, given.examples), None
+    if entrant.kind == "model":
+        return respond_model(settings, given, entrant, encoder), None
+    return respond_run(settings, given, entrant, encoder, judges)
 
 
 def needs_preference_model(settings: EvalConfig, data: PreferenceData) -> bool:
@@ -239,14 +257,12 @@ def respond_run(
     run, model = entrant.run, entrant.trained.model
     policy = on_device(load_policy(model, encoder.tokenizer, entrant.trained.seed), model)
     collate = Collator(int(encoder.tokenizer.pad_token_id), can_pack(policy, model.max_length))  # type: ignore[arg-type]
-    try:
-        features = PreferenceFeatures(load_judge(run, policy), encoder, collate) if judges else None
+    features = PreferenceFeatures(load_judge(run, policy), encoder, collate) if judges else None
+    with reading(run.path):
         if run.reference.is_dir():
             load_weights(policy, run.reference)
         initial = snapshot(policy)
         load_weights(policy, run.model)
-    except (RuntimeError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"run={run.path}: its weights do not fit its config ({_first_line(error)})") from error
     models = Models(policy, initial, encoder, collate, None)  # type: ignore[arg-type]  # no judge is asked here
     answers = sampled(settings, policy, encoder, given.examples, POLICY_SEED)
     with loaded(policy, initial):
@@ -305,7 +321,21 @@ def answers_of_file(entrant: Entrant, examples: Sequence[Example]) -> Responded:
 def load_judge(run: RunDirectory, policy: nn.Module) -> Any:
     if not (run.preference_model / "preference_model.json").is_file():
         raise UserError(f"{run.preference_model}: no preference model there, which would judge")
-    return load_preference_model(run.preference_model, policy)[0]
+    with reading(run.preference_model):
+        return load_preference_model(run.preference_model, policy)[0]
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """A UserError where what is read from `path` is torn, or was written under another config or version."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of safetensors, torch, peft or transformers
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        told = " ".join(lines[:2])[:200] if lines else type(error).__name__
+        raise UserError(f"{path}: cannot be read, or does not fit the run's config ({told})") from error
 
 
 def features_of_run(settings: EvalConfig, home: Entrant, data: PreferenceData) -> PreferenceFeatures:
@@ -314,10 +344,7 @@ def features_of_run(settings: EvalConfig, home: Entrant, data: PreferenceData) -
     encoder, _ = encoder_of(settings, home, data)
     policy = on_device(load_policy(home.trained.model, encoder.tokenizer, home.trained.seed), home.trained.model)
     collate = Collator(int(encoder.tokenizer.pad_token_id), can_pack(policy, home.trained.model.max_length))  # type: ignore[arg-type]
-    try:
-        return PreferenceFeatures(load_judge(home.run, policy), encoder, collate)
-    except (RuntimeError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"judge={home.path}: its preference model cannot be read ({_first_line(error)})") from error
+    return PreferenceFeatures(load_judge(home.run, policy), encoder, collate)
 
 
 def cut_off(answers: Answers) -> float:
@@ -327,11 +354,6 @@ def cut_off(answers: Answers) -> float:
     end = answers.encoder.tokenizer.eos_token_id
     ended = [ids[-1] == end for row in answers.tokens for ids in row.responses]
     return 1.0 - sum(ended) / len(ended)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2])[:200] if lines else type(error).__name__
 
 
 def thresholds_of(given: Given, entrant: Entrant) -> dict[str, float]:

@@ -26,7 +26,7 @@ from mopo_cli.models.logprobs import can_pack
 from mopo_cli.models.reference import Snapshot, loaded, snapshot
 from mopo_cli.models.save import load_weights
 from mopo_cli.prompts import in_form_of, known_example
-from mopo_cli.respond import load_judge, on_device, tokenizer_of
+from mopo_cli.respond import load_judge, on_device, reading, tokenizer_of
 from mopo_cli.session import quiet_libraries
 from mopo_cli.types import Corpus, Example, Text
 
@@ -138,9 +138,11 @@ def load_speaker(settings: SampleConfig, entrant: Entrant) -> Speaker:
         collate = Collator(int(encoder.tokenizer.pad_token_id), can_pack(policy, model.max_length))  # type: ignore[arg-type]
         speaker.features = PreferenceFeatures(load_judge(run, policy), encoder, collate)
         if run.reference.is_dir():
-            load_weights(policy, run.reference)
+            with reading(run.reference):
+                load_weights(policy, run.reference)
         speaker.initial = snapshot(policy)
-    load_weights(policy, run.model)
+    with reading(run.model):
+        load_weights(policy, run.model)
     return speaker
 
 

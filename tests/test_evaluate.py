@@ -290,6 +290,8 @@ class TestEvaluating:
         """Two equal runs, their model without its run, a file of the run's own samples, and an unfinished run."""
         shutil.copytree(smoke, run.parent / "twin")
         shutil.copytree(smoke / "model", run.parent / "plain")
+        torn = shutil.copytree(smoke, run.parent / "torn")
+        (torn / "model" / "model.safetensors").write_bytes(b"torn")
         (run.parent / "stopped").mkdir()
         (run.parent / "stopped" / "status.json").write_text('{"state": "running", "step": 3, "error": null}')
         judge = saved(here / "judge", "gpt2")
@@ -298,8 +300,9 @@ class TestEvaluating:
             f"scorers.helpful_gpt2.path={judge}", f"judge={run}", "model.max_length=512", "dir=out",
         )  # fmt: skip
         assert done.status == 0, done.err
-        assert "left out, unfinished: outputs/train/stopped (running, step 3)" in done.err
+        assert "left out: outputs/train/stopped (running, step 3)" in done.err
         record = read_json(here / "out" / "evaluation.json")
+        assert [Path(one["path"]).name for one in record["unfinished"]] == ["stopped", "torn"]
         plain, first, twin = record["evaluations"]
         assert [one["name"] for one in record["evaluations"]] == ["plain", "run", "twin"]
         assert (plain["kind"], first["kind"]) == ("model", "run")
@@ -372,4 +375,4 @@ class TestEvaluating:
         (here / "a" / "preference_model" / "preference_model.safetensors").write_bytes(b"torn")
         done = run_here("eval", "run=a")
         assert done.status == 2
-        assert "its weights do not fit its config" in done.err
+        assert "a/preference_model: cannot be read, or does not fit the run's config" in done.err
