@@ -165,7 +165,8 @@ class Classifier:
         return values.numpy()
 
     def _longer(self, columns: list[list[str]], limit: int) -> int:
-        whole: Any = self.tokenizer(*columns, verbose=False)  # type: ignore[arg-type]
+        first, second = columns if len(columns) == 2 else (columns[0], None)
+        whole: Any = self.tokenizer(first, second, verbose=False)
         return sum(len(ids) > limit for ids in whole["input_ids"])
 
     def longest(self) -> int | None:

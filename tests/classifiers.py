@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 TEXTS = ["How do I boil an egg? Seven minutes.", "Human: hello Assistant: sorry, it depends.", "a summary of the post"]
-SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+SMALL: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 
 
 def gpt2_tokenizer() -> PreTrainedTokenizerFast:
@@ -57,14 +58,15 @@ def paired_tokenizer(first: str, end: str) -> PreTrainedTokenizerFast:
 
 
 def built(kind: str, labels: list[str] | None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    named = {"id2label": dict(enumerate(labels)), "label2id": {x: i for i, x in enumerate(labels)}} if labels else {}
-    count = {} if labels else {"num_labels": 1}
+    named: dict[str, Any] = {"num_labels": 1}
+    if labels:
+        named = {"id2label": dict(enumerate(labels)), "label2id": {x: i for i, x in enumerate(labels)}}
     torch.manual_seed(0)
     if kind == "gpt2":
         tokenizer = gpt2_tokenizer()
-        end = tokenizer.eos_token_id
+        end: Any = tokenizer.eos_token_id
         config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=2, n_head=2, n_positions=64,
-                            bos_token_id=end, eos_token_id=end, **named, **count)  # fmt: skip
+                            bos_token_id=end, eos_token_id=end, **named)  # fmt: skip
         return GPT2ForSequenceClassification(config), tokenizer
     tokenizer = paired_tokenizer(*(("<s>", "</s>") if kind == "bart" else ("[CLS]", "[SEP]")))
     size = len(tokenizer)
@@ -73,19 +75,19 @@ def built(kind: str, labels: list[str] | None) -> tuple[PreTrainedModel, PreTrai
             vocab_size=size, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
             decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64,
             pad_token_id=0, bos_token_id=2, eos_token_id=3, decoder_start_token_id=3, forced_eos_token_id=None,
-            **named, **count,
+            **named,
         )  # fmt: skip
         return BartForSequenceClassification(config), tokenizer
     if kind == "distilbert":
         config = DistilBertConfig(
-            vocab_size=size, dim=16, n_layers=1, n_heads=2, hidden_dim=32, max_position_embeddings=64, **named, **count
+            vocab_size=size, dim=16, n_layers=1, n_heads=2, hidden_dim=32, max_position_embeddings=64, **named
         )
         return DistilBertForSequenceClassification(config), tokenizer
     if kind == "deberta":
         config = DebertaV2Config(vocab_size=size, max_position_embeddings=64, relative_attention=True,
-                                 pos_att_type=["p2c", "c2p"], **SMALL, **named, **count)  # fmt: skip
+                                 pos_att_type=["p2c", "c2p"], **SMALL, **named)  # fmt: skip
         return DebertaV2ForSequenceClassification(config), tokenizer
-    config = BertConfig(vocab_size=size, max_position_embeddings=64, **SMALL, **named, **count)
+    config = BertConfig(vocab_size=size, max_position_embeddings=64, **SMALL, **named)
     return BertForSequenceClassification(config), tokenizer
 
 
