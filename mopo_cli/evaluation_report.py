@@ -74,7 +74,7 @@ def show_all(
         _show_comparisons(evaluated, comparisons)
     for one in unfinished:
         warn(f"left out: {one.path} ({one.reason})")
-    if scales:
+    if scales and len(evaluated) == 1:
         fitted = dict.fromkeys(scale.fitted_on for scale in scales.values())
         say(f"scores are in standard deviations from the mean of {'; '.join(fitted)}")
     say(f"\nevaluation     {directory / 'evaluation.json'}")
