@@ -157,7 +157,8 @@ class Classifier:
     def _batch(self, texts: list[tuple[str, ...]]) -> np.ndarray:
         columns = [list(column) for column in zip(*texts, strict=True)]
         limit = self.longest()
-        inputs = self.tokenizer(*columns, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+        first, second = columns[0], columns[1] if len(columns) > 1 else None
+        inputs = self.tokenizer(first, second, padding=True, truncation=True, max_length=limit, return_tensors="pt")
         if limit is not None and inputs["input_ids"].shape[1] >= limit:  # type: ignore[union-attr]
             self.cut += self._longer(columns, limit)
         logits = self.model(**inputs.to(self.model.device)).logits.double().cpu()
@@ -165,7 +166,7 @@ class Classifier:
         return values.numpy()
 
     def _longer(self, columns: list[list[str]], limit: int) -> int:
-        first, second = columns if len(columns) == 2 else (columns[0], None)
+        first, second = columns[0], columns[1] if len(columns) > 1 else None
         whole: Any = self.tokenizer(first, second, verbose=False)
         return sum(len(ids) > limit for ids in whole["input_ids"])
 
