@@ -26,8 +26,8 @@ COMMANDS = {
     ),
     "eval": Command(
         "mopo_cli.evaluate",
-        "evaluate a finished run again, with other samples or prompts",
-        "mopo eval run=outputs/train/NAME evaluation.prompts=1000",
+        "evaluate runs, models or files of responses side by side, also by gold scorers",
+        "mopo eval run='outputs/sweep/NAME/runs/*' scorers=[length]",
     ),
     "sweep": Command(
         "mopo_cli.sweep",
@@ -48,6 +48,16 @@ COMMANDS = {
         "mopo_cli.synthetic",
         "the method on small tables of preferences whose exact answers are known",
         "mopo synthetic tau=0.05 sizes=[2]",
+    ),
+    "sample": Command(
+        "mopo_cli.sample",
+        "responses of a trained model to your own prompts",
+        'mopo sample run=outputs/train/NAME prompt="How do I boil an egg?"',
+    ),
+    "export": Command(
+        "mopo_cli.export",
+        "a folder to share: weights, tokenizer and a model card with what was measured",
+        "mopo export run=outputs/train/NAME to=DIR",
     ),
 }
 
@@ -139,14 +149,31 @@ def run(name: str, arguments: Arguments) -> int:
         return sweep.command(arguments.overrides, arguments.config_dir, arguments.cfg)
     if arguments.multirun:
         raise UserError(f"-m: `mopo {name}` runs once; use `mopo sweep -m`")
-    config.check_experiment(name, arguments.overrides, arguments.config_dir)
-    composed = config.compose(name, arguments.overrides, arguments.config_dir)
+    overrides = arguments.overrides
+    text = None
+    if name in ("eval", "sample", "export"):
+        text = next((o.partition("=")[2] for o in reversed(overrides) if o.startswith("prompt=")), None)
+        overrides = [quoted_path(o) for o in overrides if name != "sample" or not o.startswith("prompt=")]
+    config.check_experiment(name, overrides, arguments.config_dir)
+    composed = config.compose(name, overrides, arguments.config_dir)
     if arguments.cfg:
         print(config.to_yaml(composed), end="")
         return 0
     if name == "train":  # said before seconds are spent on imports
         config.check_train(config.typed(composed, config.TrainConfig))
-    return importlib.import_module(COMMANDS[name].module).command(composed)
+    command = importlib.import_module(COMMANDS[name].module).command
+    return command(composed, text) if name == "sample" else command(composed)
+
+
+def quoted_path(override: str) -> str:
+    """An override whose value is a path or pattern of files here, so that Hydra takes `tau=0.1,beta=0.9` for a name."""
+    from glob import glob
+
+    key, equals, value = override.partition("=")
+    special = set("'\\$[]{}") & set(value) or not set("=,") & set(value)
+    if not equals or special or not (os.path.exists(os.path.expanduser(value)) or glob(os.path.expanduser(value))):
+        return override
+    return f"{key}='{value}'"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mopo_cli.errors import UserError
 
-GROUPS = ("dataset", "model", "objectives", "algorithm", "hparams", "logger", "structures", "experiment")
+GROUPS = ("dataset", "model", "objectives", "scorers", "algorithm", "hparams", "logger", "structures", "experiment")
 
 
 @dataclass
@@ -201,11 +201,69 @@ class DataConfig:
 
 
 @dataclass
+class ScorerConfig:
+    """A gold scorer of `mopo eval`: a sequence-classification model with its template, or a Python function."""
+
+    objective: str | None = None  # the objective it judges; null: reported beside the objectives
+    path: str | None = None  # a hub id or a model directory
+    text: str = "{prompt}{response}"  # what the model reads (mopo_cli/scorers.py: FIELDS)
+    text_pair: str | None = None  # the second text of a pair
+    label: str | None = None  # the class whose probability is the score; null: the model's only output
+    labels: list[str] | None = None  # the classes in order, for a model whose config names none
+    max_length: int | None = None  # tokens; null: as many as the model takes
+    batch_size: int = 32
+    dtype: str = "float32"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    computed: Any = None  # {_target_: a function (prompt, response, context) -> float}, instead of a model
+    margin: float = 0.0  # scores closer than this are a tie
+
+
+@dataclass
 class EvalConfig:
     """What `mopo eval` runs on."""
 
-    run: str | None = None  # a run directory; the newest finished one where null
+    run: Any = None  # run or model directories: one, a list or a pattern; the newest finished run where null
+    responses: Any = None  # files of responses, in the same way
+    judge: str | None = None  # a run: its data, objectives and preference model judge
+    reference: str | None = None  # a model directory or hub id that plain models are compared with
+    name: str = ""
+    dir: str = ""
+    scorers: dict[str, ScorerConfig] = field(default_factory=dict)
+    functions: list[str] = field(default_factory=list)  # modules whose functions a scorer may call
+    normalisation: str | None = None
+    permutations: int = 10000
+    dataset: dict[str, Any] = field(default_factory=dict)
+    objectives: dict[str, ObjectiveConfig] = field(default_factory=dict)
+    model: ModelConfig = field(default_factory=ModelConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    seed: int = 0
+    debug: bool = False
+
+
+@dataclass
+class ExportConfig:
+    """What `mopo export` runs on."""
+
+    run: str | None = None
+    to: str | None = None
+    merge: bool = False
+    overwrite: bool = False
+    debug: bool = False
+
+
+@dataclass
+class SampleConfig:
+    """What `mopo sample` runs on."""
+
+    run: str | None = None
+    prompt: str | None = None
+    prompts: str | None = None
+    n: int = 1
+    chat: bool | None = None
+    compare: int = 8
+    model: ModelConfig = field(default_factory=ModelConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     seed: int = 0
     debug: bool = False
@@ -435,6 +493,24 @@ def check_plan(config: PlanConfig) -> None:
     for key, least in {"prompts": 1, "responses": 2, "thresholds": 2}.items():
         _require(getattr(config.plan, key) >= least, f"plan.{key}", getattr(config.plan, key), f"{least} or more")
     _require(len(config.objectives) >= 2, "objectives", list(config.objectives), "two or more: a front has two sides")
+
+
+def check_eval(config: EvalConfig) -> None:
+    """Raise UserError where a value of `mopo eval` is out of range."""
+    for key, least in {"prompts": 1, "responses": 1, "bootstrap": 1}.items():
+        found = getattr(config.evaluation, key)
+        _require(found >= least, f"evaluation.{key}", found, f"{least} or more")
+    _require(config.permutations >= 100, "permutations", config.permutations, "100 or more")
+    check_sampling(config.sampling)
+
+
+def check_sampling(config: SamplingConfig) -> None:
+    """Raise UserError where a setting of sampling is out of range."""
+    _require(config.temperature > 0, "sampling.temperature", config.temperature, "above 0")
+    _require(0 < config.top_p <= 1, "sampling.top_p", config.top_p, "in (0, 1]")
+    _require(config.batch_size >= 1, "sampling.batch_size", config.batch_size, "1 or more")
+    longest = config.max_new_tokens
+    _require(longest is None or longest >= 1, "sampling.max_new_tokens", longest, "1 or more, or null")
 
 
 def check_synthetic(config: SyntheticConfig) -> None:

@@ -1,322 +1,303 @@
-"""Evaluation: responses of the policy on test prompts, judged against the data's responses; exact where enumerable."""
+"""`mopo eval`: runs, plain models and files of responses, on the same prompts and by the same judges."""
 
 from __future__ import annotations
 
-import json
 import math
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from omegaconf import DictConfig, OmegaConf
-from rich.table import Table
-from scipy.special import logsumexp
-from torch import nn
+from omegaconf import DictConfig
 
 from mopo_cli import config as configs
-from mopo_cli import oracle
-from mopo_cli.config import EvaluationConfig, SamplingConfig
-from mopo_cli.console import say, show, stage
-from mopo_cli.data.assistant import World
+from mopo_cli import evaluation_report
+from mopo_cli.config import EvalConfig
+from mopo_cli.console import stage, warn
 from mopo_cli.data.prepare import as_text
-from mopo_cli.data.tokens import Collator, Encoder
+from mopo_cli.entrants import check_alike, find_entrants
 from mopo_cli.errors import UserError
-from mopo_cli.inputs import Inputs, judged_test, prepare_inputs
-from mopo_cli.judging import JudgedRows, computed_rates, judge_samples
-from mopo_cli.models.logprobs import all_logps
-from mopo_cli.models.preference import PreferenceModel, load_preference_model
-from mopo_cli.models.reference import Snapshot, reference_logps, snapshot
-from mopo_cli.models.sampling import sample
-from mopo_cli.models.save import load_weights
-from mopo_cli.runs import RunDirectory, write_atomic, write_json
+from mopo_cli.evaluation import Exact, ObjectiveResult, data_answers, settled, win_rates
+from mopo_cli.judges import Answers, Judge, PreferenceFeatures, ScoreJudge, own_judge
+from mopo_cli.respond import Given, Responded, preference_objectives, prepare, respond_all, thresholds_of
+from mopo_cli.runs import read_json
+from mopo_cli.scorers import Classifier, Scale, Scores, check_scorers, fit_scale, load_scorer
 from mopo_cli.session import quiet_libraries
-from mopo_cli.types import Example, Objective, PreferenceData
-
-
-@dataclass(slots=True)
-class Models:
-    """What evaluation needs besides data."""
-
-    policy: nn.Module
-    initial: Snapshot  # the first reference
-    encoder: Encoder
-    collate: Collator
-    judge: PreferenceModel
+from mopo_cli.significance import Comparison, bootstrap_ci, distinct, dominance, verdict
+from mopo_cli.types import Example, Objective
 
 
 @dataclass(frozen=True, slots=True)
-class ObjectiveResult:
-    """One objective of summary.json."""
+class Measured(ObjectiveResult):
+    """One objective or gold scorer of one entrant; NaN where there is nothing to compare with."""
 
-    role: str
-    threshold: float | None
-    win_rate: float
-    win_rate_ci95: tuple[float, float]
-    estimated_win_rate: float | None
-    satisfied: bool | None  # by the exact win rate where it is known; None for the primary, of which nothing is asked
-    judge: str  # "exact", "computed" or "preference model"
-
-
-@dataclass(frozen=True, slots=True)
-class Exact:
-    """Exact numbers of an enumerable world; `gap` is how much of the optimum's primary win rate is missing."""
-
-    win_rate: dict[str, float]
-    optimum: dict[str, float]
-    gap: float
-    kl: float
-    optimum_kl: float
-    optimum_duals: dict[str, float]
-    duality_gap: float
-    feasible: bool
-    attainable: dict[str, float]
-    reference: dict[str, float]
-    support_mass: float  # probability of the world's responses under the policy; win rates are conditional on them
+    reference_win_rate: float = math.nan  # against the responses of the entrant's own reference
+    reference_win_rate_ci95: tuple[float, float] = (math.nan, math.nan)
+    score: float = math.nan  # mean of the judge's raw scores
+    score_ci95: tuple[float, float] = (math.nan, math.nan)
+    normalised_score: float = math.nan  # in standard deviations from the mean of the reference's responses
+    normalised_score_ci95: tuple[float, float] = (math.nan, math.nan)
+    exact_win_rate: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    prompt: str
-    response: str
-    scores: dict[str, float]  # win rate against the data's responses, by objective
+class Wording:
+    """What a source's responses look like: mean words, and the shares of different words and pairs of words."""
+
+    words: float
+    distinct_1: float
+    distinct_2: float
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluation:
-    objectives: dict[str, ObjectiveResult]
-    kl: float
-    samples: list[Sample] = field(repr=False)
-    oracle: Exact | None = None
+class Evaluated:
+    """All numbers of one entrant."""
+
+    name: str
+    path: str
+    kind: str
+    objectives: dict[str, Measured]
+    scorers: dict[str, Measured]  # gold scorers that judge no objective
+    kl: float | None  # to its reference, nats a response
+    cut_off: float | None  # share of samples that had not ended at sampling.max_new_tokens
+    wording: Wording
+    reference_wording: Wording | None
+    oracle: Exact | None
+    prompts: int
+    responses: int  # in all
+    seed: int
+    seconds: float
 
 
-def bootstrap_ci(values: np.ndarray, draws: int, seed: int) -> tuple[float, float]:
-    """95 % percentile interval of the mean of (n,) values, prompts resampled."""
-    if len(values) < 2 or draws < 1:
-        return float(values.mean()), float(values.mean())
-    rng = np.random.default_rng(seed)
-    means = np.array([values[rng.integers(len(values), size=len(values))].mean() for _ in range(draws)])
-    return tuple(float(x) for x in np.quantile(means, [0.025, 0.975]))  # type: ignore[return-value]
+@dataclass
+class Column:
+    """An objective or a scorer beside them, with its judge."""
 
-
-def judge_of(objective: Objective, world: object | None) -> str:
-    if objective.scorer is not None:
-        return "computed"
-    return "exact" if isinstance(world, World) else "preference model"
-
-
-def judged_win_rates(
-    data: PreferenceData, examples: Sequence[Example], texts: Sequence[list[str]], model_rates: Sequence[torch.Tensor]
-) -> np.ndarray:
-    """(n, M, K) win rates of M texts a prompt against the data's responses, each objective by its best judge."""
-    rates = np.stack([r.double().numpy() for r in model_rates])
-    for k, objective in enumerate(data.objectives):
-        judge = judge_of(objective, data.world)
-        for i, example in enumerate(examples):
-            if judge == "exact":
-                rates[i, :, k] = _exact_rates(data.world, objective, example, texts[i])  # type: ignore[arg-type]
-            elif judge == "computed":
-                rates[i, :, k] = computed_rates(objective, example, texts[i])
-    return rates
-
-
-def _exact_rates(world: World, objective: Objective, example: Example, texts: list[str]) -> np.ndarray:
-    responses = [str(r) for r in example.responses]
-    k = world.objectives.index(objective.source)
-    return world.preferences(str(example.prompt), texts, responses)[k].mean(axis=1)
-
-
-def evaluate_samples(
-    models: Models,
-    data: PreferenceData,
-    test: JudgedRows,
-    thresholds: dict[str, float],
-    estimated: dict[str, float],
-    config: EvaluationConfig,
-    sampling: SamplingConfig,
-    seed: int,
-) -> Evaluation:
-    """Win rates of sampled responses on test prompts, with bootstrap intervals over prompts, and the sampled KL."""
-    count = min(config.prompts, len(test.examples))
-    numbers = np.random.default_rng([seed, 11]).permutation(len(test.examples))[:count].tolist()
-    examples = [test.examples[i] for i in numbers]
-    asked = [test.tokens[i].prompt for i in numbers]
-    drawn = sample(models.policy, models.encoder, asked, config.responses, sampling, seed + 104729)
-    tokens, model_rates = judge_samples(models.judge, test, numbers, drawn, models.collate)
-    texts = [[d.text for d in draws] for draws in drawn]
-    rates = judged_win_rates(data, examples, texts, model_rates)
-    now = all_logps(models.policy, tokens, models.collate)
-    before = reference_logps(models.policy, models.initial, tokens, models.collate)
-    kl = float(np.mean([float((a - b).mean()) for a, b in zip(now, before, strict=True)]))
-    results = {}
-    for k, objective in enumerate(data.objectives):
-        values = rates[:, :, k].mean(axis=1)
-        asked = thresholds.get(objective.name)
-        results[objective.name] = ObjectiveResult(
-            objective.role,
-            asked,
-            float(values.mean()),
-            bootstrap_ci(values, config.bootstrap, seed),
-            estimated.get(objective.name),
-            None if asked is None else bool(values.mean() >= asked),
-            judge_of(objective, data.world),
-        )
-    names = data.names
-    samples = [
-        Sample(as_text(e.prompt), t, dict(zip(names, rates[i, m].round(4).tolist(), strict=True)))
-        for i, e in enumerate(examples)
-        for m, t in enumerate(texts[i])
-    ]
-    return Evaluation(results, kl, samples)
-
-
-def exact_evaluation(
-    models: Models,
-    data: PreferenceData,
-    thresholds: dict[str, float],
-    tau: float,
-    prompts: int | None = None,
-) -> Exact | None:
-    """Exact win rates of the policy and the exact optimum of (P) with the first reference, where the world is known.
-
-    Policy and reference are taken conditional on the world's responses; `support_mass` says how little that leaves out.
-    """
-    if not isinstance(data.world, World):
-        return None
-    world, asked = data.world, [str(e.prompt) for e in data.test[:prompts]]
-    rows = [models.encoder.row(prompt, world.responses(prompt)) for prompt in asked]
-    columns = [world.objectives.index(o.source) for o in data.objectives]
-    win_rates = np.stack([world.win_rates(prompt)[:, columns] for prompt in asked])
-    log_policy, mass = _conditional(all_logps(models.policy, rows, models.collate))
-    log_reference, _ = _conditional(reference_logps(models.policy, models.initial, rows, models.collate))
-    names = data.names
-    bounds = np.array([thresholds.get(name, -math.inf) for name in names[1:]])
-    best = oracle.solve(win_rates, log_reference, tau, bounds)
-    reached = oracle.policy_win_rates(log_policy, win_rates)
-    return Exact(
-        win_rate=_named(names, reached),
-        optimum=_named(names, best.win_rates),
-        gap=float(best.win_rates[0] - reached[0]),
-        kl=oracle.mean_kl(log_policy, log_reference),
-        optimum_kl=best.kl,
-        optimum_duals=_named(names[1:], best.duals),
-        duality_gap=best.duality_gap,
-        feasible=best.feasible,
-        attainable=_named(names[1:], best.attainable),
-        reference=_named(names, oracle.policy_win_rates(log_reference, win_rates)),
-        support_mass=mass,
-    )
-
-
-def settle(evaluation: Evaluation, exact: Exact | None) -> Evaluation:
-    """The evaluation with `satisfied` decided by the exact win rates, where there are any."""
-    if exact is None:
-        return evaluation
-    objectives = {
-        name: result
-        if result.threshold is None
-        else replace(result, satisfied=exact.win_rate[name] >= result.threshold)
-        for name, result in evaluation.objectives.items()
-    }
-    return replace(evaluation, objectives=objectives)
-
-
-def _named(names: Sequence[str], values: np.ndarray) -> dict[str, float]:
-    return dict(zip(names, (float(v) for v in values), strict=True))
-
-
-def _conditional(logps: Sequence[torch.Tensor]) -> tuple[np.ndarray, float]:
-    values = torch.stack(list(logps)).double().numpy()
-    total = logsumexp(values, axis=1, keepdims=True)
-    return values - total, float(np.exp(total).mean())
-
-
-def write_samples(run: RunDirectory, samples: Sequence[Sample]) -> None:
-    write_atomic(run.samples, "".join(json.dumps(asdict(s), ensure_ascii=False) + "\n" for s in samples))
-
-
-def show_results(evaluation: Evaluation, exact: Exact | None, run: RunDirectory) -> None:
-    """The final table and where everything is."""
-    table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for column in ("objective", "role", "threshold", "win rate", "satisfied"):
-        table.add_column(column, justify="left" if column in ("objective", "role") else "right", no_wrap=True)
-    if exact:
-        for column in ("exact", "optimum"):
-            table.add_column(column, justify="right", no_wrap=True)
-    for name, r in evaluation.objectives.items():
-        verdict = "" if r.satisfied is None else "[green]yes[/]" if r.satisfied else "[red]no[/]"
-        half = (r.win_rate_ci95[1] - r.win_rate_ci95[0]) / 2
-        asked = "" if r.threshold is None else f"{r.threshold:.3f}"
-        row = [name, r.role, asked, f"{r.win_rate:.3f} ± {half:.3f}", verdict]
-        table.add_row(*row, *([f"{exact.win_rate[name]:.3f}", f"{exact.optimum[name]:.3f}"] if exact else []))
-    say("")
-    show(table)
-    kl = f"KL to the reference {evaluation.kl:.3f} nats"
-    say(kl + (f" (exact {exact.kl:.3f}, optimum {exact.optimum_kl:.3f})\n" if exact else "\n"))
-    say(f"run directory  {run.path}")
-    say(f"summary        {run.summary}")
-    say(f"model          {run.model}")
-    for path in sorted(run.figures.glob("*.png")):
-        say(f"figure         {path}")
-
-
-# --------------------------------------------------------------------------------------------- mopo eval
-
-
-def newest_run(root: Path = Path("outputs/train")) -> Path:
-    """The run that was finished last under `root`; UserError where there is none."""
-    finished = sorted(root.glob("*/summary.json"), key=lambda path: path.stat().st_mtime)
-    if not finished:
-        raise UserError(f"run: no finished run under {root}/; give one by run=DIR, or train one with `mopo train`")
-    return finished[-1].parent
+    name: str
+    judge: Judge
+    objective: Objective | None = None
 
 
 def command(composed: DictConfig) -> int:
-    """`mopo eval`: load a finished run, evaluate it with these settings, write evaluation.json beside its summary."""
-    settings: configs.EvalConfig = configs.typed(composed, configs.EvalConfig)
-    run = RunDirectory(Path(settings.run).expanduser() if settings.run else newest_run())
-    if not run.summary.exists() or not run.model.is_dir():
-        raise UserError(f"run={run.path}: no finished run there (it has no summary.json and model/)")
-    summary = run.results()
-    trained = configs.typed(OmegaConf.create(run.settings()), configs.TrainConfig)
+    """Evaluate, write the numbers, show them; exit status 0 though some runs may be unfinished."""
+    settings: EvalConfig = configs.typed(composed, EvalConfig)
+    configs.check_eval(settings)
+    check_scorers(settings.scorers, settings.functions)
     quiet_libraries()
-    inputs = prepare_inputs(trained, run)
-    data = inputs.data
-    models, test = load_run(run, inputs)
-    thresholds = {name: o["threshold"] for name, o in summary["objectives"].items() if o["threshold"] is not None}
-    estimated = {name: o["estimated_win_rate"] for name, o in summary["objectives"].items()}
-    started = time.perf_counter()
-    with stage("evaluation", 1) as progress:
-        result = evaluate_samples(
-            models, data, test, thresholds, estimated, settings.evaluation, settings.sampling, settings.seed
-        )
-        exact = exact_evaluation(models, data, thresholds, trained.tau, settings.evaluation.exact_prompts)
-        result = settle(result, exact)
-        progress.advance(1)
-    record: dict[str, Any] = {
-        "objectives": {name: asdict(value) for name, value in result.objectives.items()},
-        "kl": result.kl,
-        "oracle": asdict(exact) if exact else None,
-        "seed": settings.seed,
-        "prompts": min(settings.evaluation.prompts, len(data.test)),
-        "responses": settings.evaluation.responses,
-        "seconds": time.perf_counter() - started,
-    }
-    write_json(run.path / "evaluation.json", record)
-    write_samples(run, result.samples)
-    show_results(result, exact, run)
-    say(f"evaluation     {run.path / 'evaluation.json'}")
+    entrants, unfinished = find_entrants(settings)
+    check_alike(entrants)
+    with stage("data", 1):
+        given, encoders = prepare(settings, entrants)
+        scorers = {name: load_scorer(name, config) for name, config in settings.scorers.items()}
+    responded, features, failed = respond_all(settings, given, entrants, encoders)
+    unfinished += failed
+    evaluated, scales, comparisons, scores = judge_all(settings, given, responded, features, scorers)
+    report_cuts(scorers)
+    alone = entrants[0].run if len(entrants) == 1 and not unfinished and entrants[0].kind == "run" else None
+    directory = alone.path if alone else Path(settings.dir).expanduser()
+    evaluation_report.write(directory, alone, evaluated, unfinished, scales, comparisons, scores)
+    evaluation_report.show_all(evaluated, unfinished, scales, comparisons, directory)
     return 0
 
 
-def load_run(run: RunDirectory, inputs: Inputs) -> tuple[Models, JudgedRows]:
-    """The models of a finished run and its judged test rows."""
-    judge, _ = load_preference_model(run.preference_model, inputs.policy)
-    if run.reference.is_dir():
-        load_weights(inputs.policy, run.reference)
-    initial = snapshot(inputs.policy)
-    load_weights(inputs.policy, run.model)
-    return Models(inputs.policy, initial, inputs.encoder, inputs.collate, judge), judged_test(judge, inputs)
+# --------------------------------------------------------------------------------------------- judgement
+
+
+def judge_all(
+    settings: EvalConfig,
+    given: Given,
+    responded: Sequence[Responded],
+    features: PreferenceFeatures | None,
+    scorers: dict[str, Scores],
+) -> tuple[list[Evaluated], dict[str, Scale], list[Comparison], list[dict[str, Any]]]:
+    """Every number of every entrant, the scales of the scores, who dominates whom, and a line for each response."""
+    columns = columns_of(settings, given, features, scorers)
+    fixed = earlier_scales(settings.normalisation)
+    measured: list[dict[str, Measured]] = [{} for _ in responded]
+    scales: dict[str, Scale] = {}
+    by_prompt: list[dict[str, np.ndarray]] = [{} for _ in responded]
+    lines: list[list[dict[str, Any]]] = [response_lines(given.examples, one) for one in responded]
+    own = data_answers(given.examples, features.encoder if features else None)
+    with stage("judging", len(columns)) as progress:
+        for number, column in enumerate(columns, start=1):
+            data = column.judge.measure(given.examples, own)
+            ours = [column.judge.measure(given.examples, one.answers) for one in responded]
+            theirs = [one.reference and column.judge.measure(given.examples, one.reference) for one in responded]
+            scale = fixed.get(column.name) or fitted_scale(column, responded, theirs, data, ours)
+            if scale:
+                scales[column.name] = scale
+            for i, one in enumerate(responded):
+                found = judge_one(settings, given, column, one, ours[i], theirs[i], data, scale)
+                measured[i][column.name], by_prompt[i][column.name] = found
+                add_scores(lines[i], column, ours[i], data, scale)
+            progress.advance(number)
+    names = [o.name for o in given.data.objectives]
+    evaluated = [
+        record(settings, one, {n: found[n] for n in names}, {n: v for n, v in found.items() if n not in names})
+        for one, found in zip(responded, measured, strict=True)
+    ]
+    compared = {
+        one.entrant.name: np.stack([rates[name] for name in names or by_prompt[0]], axis=1)
+        for one, rates in zip(responded, by_prompt, strict=True)
+    }
+    comparisons = dominance(compared, names or list(by_prompt[0]), settings.permutations, settings.seed)
+    return evaluated, scales, comparisons, [line for of in lines for line in of]
+
+
+def columns_of(
+    settings: EvalConfig, given: Given, features: PreferenceFeatures | None, scorers: dict[str, Scores]
+) -> list[Column]:
+    """The objectives, each with its gold scorer where one is named for it, then the scorers that judge none."""
+    gold = {config.objective: name for name, config in settings.scorers.items() if config.objective is not None}
+    judging = preference_objectives(given.home) if features and given.home else []
+    columns = []
+    for objective in given.data.objectives:
+        if objective.name in gold:
+            judge: Judge = score_judge(settings, gold[objective.name], scorers)
+        else:
+            place = judging.index(objective.name) if objective.name in judging else 0
+            judge = own_judge(objective, given.data.world, features, place)
+        columns.append(Column(objective.name, judge, objective))
+    beside = [name for name, config in settings.scorers.items() if config.objective is None]
+    return columns + [Column(name, score_judge(settings, name, scorers)) for name in beside]
+
+
+def score_judge(settings: EvalConfig, name: str, scorers: dict[str, Scores]) -> ScoreJudge:
+    return ScoreJudge(scorers[name], f"scorer {name}", settings.scorers[name].margin)
+
+
+def judge_one(
+    settings: EvalConfig,
+    given: Given,
+    column: Column,
+    one: Responded,
+    ours: list[Any],
+    theirs: list[Any] | None,
+    data: list[Any],
+    scale: Scale | None,
+) -> tuple[Measured, np.ndarray]:
+    """One column of one entrant, and its (N,) values by prompt that runs are compared by: win rates, else scores."""
+    answered = [i for i, e in enumerate(given.examples) if e.responses]
+    draws, seed = settings.evaluation.bootstrap, settings.seed
+    rates = _means(win_rates(column.judge, [ours[i] for i in answered], [data[i] for i in answered]))
+    rate, interval = _mean(rates, draws, seed)
+    beside = _mean(_means(win_rates(column.judge, ours, theirs)) if theirs else np.array([]), draws, seed)
+    raw = [column.judge.scores(one) for one in ours]
+    scores = _means(raw) if raw[0] is not None else np.array([])  # type: ignore[arg-type]
+    score = _mean(scores, draws, seed)
+    shown = _mean(scale(scores), draws, seed) if scale and len(scores) else (math.nan, (math.nan, math.nan))
+    threshold = thresholds_of(given, one.entrant).get(column.name)
+    asked = threshold is not None and not math.isnan(rate)
+    known = one.entrant.summary.get("objectives", {}).get(column.name, {})
+    measured = Measured(
+        column.objective.role if column.objective else "scorer",
+        threshold,
+        rate,
+        interval,
+        known.get("estimated_win_rate"),
+        bool(rate >= threshold) if asked and threshold is not None else None,
+        column.judge.title,
+        verdict(interval, threshold) if asked else None,
+        *beside,
+        *score,
+        *shown,
+    )
+    if column.judge.title == "exact" and column.name in one.exact:
+        measured = settled(replace(measured, exact_win_rate=one.exact[column.name]), one.exact[column.name])
+    return measured, rates if len(rates) == len(given.examples) else scores
+
+
+def _means(values: Sequence[np.ndarray]) -> np.ndarray:
+    return np.array([float(v.mean()) for v in values])
+
+
+def _mean(values: np.ndarray, draws: int, seed: int) -> tuple[float, tuple[float, float]]:
+    if not len(values):
+        return math.nan, (math.nan, math.nan)
+    return float(values.mean()), bootstrap_ci(values, draws, seed)
+
+
+def fitted_scale(
+    column: Column,
+    responded: Sequence[Responded],
+    theirs: Sequence[list[Any] | None],
+    data: list[Any],
+    ours: Sequence[list[Any]],
+) -> Scale | None:
+    """Fitted on the first reference's responses, else on the data's, else on the first entrant's."""
+    sources = [(found, f"the reference of {one.entrant.name}") for one, found in zip(responded, theirs, strict=True)]
+    sources += [(data, "the data's responses"), (ours[0], f"the responses of {responded[0].entrant.name}")]
+    for found, title in sources:
+        scores = [column.judge.scores(one) for one in found or ()]
+        if scores and all(s is not None and len(s) for s in scores):
+            return fit_scale(np.concatenate(scores), title)  # type: ignore[arg-type]
+    return None
+
+
+def earlier_scales(path: str | None) -> dict[str, Scale]:
+    """The normalisation of an earlier evaluation.json; UserError where it is none."""
+    if path is None:
+        return {}
+    try:
+        return {name: Scale(**values) for name, values in read_json(Path(path).expanduser())["normalisation"].items()}
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"normalisation={path}: not an evaluation.json of mopo eval") from None
+
+
+def response_lines(examples: Sequence[Example], one: Responded) -> list[dict[str, Any]]:
+    return [
+        {"run": one.entrant.name, "prompt": as_text(e.prompt), "response": text, "place": (i, m),
+         "win_rate": {}, "score": {}, "normalised_score": {}}
+        for i, e in enumerate(examples)
+        for m, text in enumerate(one.answers.texts[i])
+    ]  # fmt: skip
+
+
+def add_scores(
+    lines: Sequence[dict[str, Any]], column: Column, ours: list[Any], data: list[Any], scale: Scale | None
+) -> None:
+    """Write one column's numbers into the lines of an entrant's responses."""
+    scores = [column.judge.scores(one) for one in ours]
+    wins = [column.judge.wins(one, other) for one, other in zip(ours, data, strict=True)]
+    for line in lines:
+        i, m = line["place"]
+        if wins[i].shape[1]:
+            line["win_rate"][column.name] = round(float(wins[i][m].mean()), 4)
+        found = scores[i]
+        if found is not None:
+            line["score"][column.name] = float(found[m])
+            if scale:
+                line["normalised_score"][column.name] = float(scale(found[m]))
+
+
+def record(
+    settings: EvalConfig, one: Responded, objectives: dict[str, Measured], scorers: dict[str, Measured]
+) -> Evaluated:
+    return Evaluated(
+        one.entrant.name,
+        one.entrant.path,
+        one.entrant.kind,
+        objectives,
+        scorers,
+        one.kl,
+        one.cut_off,
+        wording(one.answers),
+        wording(one.reference) if one.reference else None,
+        one.oracle,
+        len(one.answers.texts),
+        sum(map(len, one.answers.texts)),
+        settings.seed,
+        one.seconds,
+    )
+
+
+def wording(answers: Answers) -> Wording:
+    texts = [text for of in answers.texts for text in of]
+    return Wording(float(np.mean([len(text.split()) for text in texts])), distinct(texts, 1), distinct(texts, 2))
+
+
+def report_cuts(scorers: dict[str, Scores]) -> None:
+    for name, scorer in scorers.items():
+        if isinstance(scorer, Classifier) and scorer.cut:
+            warn(f"scorers.{name}: {scorer.cut} texts were longer than its {scorer.longest()} tokens and were cut")

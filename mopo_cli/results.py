@@ -20,7 +20,7 @@ from mopo_cli.algorithms.mopo import Estimate
 from mopo_cli.alignment import Alignment
 from mopo_cli.config import TrainConfig
 from mopo_cli.console import say, stage, warn
-from mopo_cli.evaluate import (
+from mopo_cli.evaluation import (
     Evaluation,
     Exact,
     Models,
@@ -30,11 +30,11 @@ from mopo_cli.evaluate import (
     show_results,
     write_samples,
 )
-from mopo_cli.inputs import Inputs, judged_test
+from mopo_cli.inputs import Inputs
+from mopo_cli.model_card import model_card
 from mopo_cli.models.save import save_model
 from mopo_cli.runs import RunDirectory, write_json
 from mopo_cli.tracking import Tracker
-from mopo_cli.types import PreferenceData
 
 
 @dataclass
@@ -64,7 +64,7 @@ def finish(
     thresholds = dict(zip(names[1:], method.state.thresholds, strict=True))
     estimated = dict(zip(names, estimate.win_rates.tolist(), strict=True))
     with stage("evaluation", 2) as progress:
-        test = judged_test(models.judge, inputs)
+        test = inputs.examples["test"]
         evaluation = evaluate_samples(
             models, inputs.data, test, thresholds, estimated, config.evaluation, config.sampling, config.seed
         )
@@ -78,7 +78,8 @@ def finish(
     summary["train"]["wall_seconds"] = time.perf_counter() - started
     write_samples(run, evaluation.samples)
     figures = draw(tracker.history, evaluation, exact, run)
-    write_card(run, config, evaluation, exact, inputs.data)
+    card = model_card(run.settings(), summary, inputs.data.provenance, bool(config.model.lora.r))
+    (run.model / "README.md").write_text(card, encoding="utf-8")
     publish(tracker, evaluation, figures, signs, summary)
     write_json(run.summary, summary)
     run.set_state(state, step=alignment.steps_done)
@@ -208,31 +209,3 @@ def publish(
         if not text.startswith("note"):
             tracker.alert(text)
     tracker.summarise(summary)
-
-
-def write_card(
-    run: RunDirectory, config: TrainConfig, evaluation: Evaluation, exact: Exact | None, data: PreferenceData
-) -> None:
-    """The model card beside the weights: objectives, thresholds, measured win rates, where the labels come from."""
-    lines = [
-        "---",
-        "library_name: transformers",
-        "tags: [mopo, preference-optimization]",
-        "---",
-        "",
-        f"# {config.run.name}",
-        "",
-        f"Aligned from `{config.model.path or config.model.name}` with mopo {__version__} "
-        f"(tau {config.tau:g}, {config.steps} steps, seed {config.seed}).",
-        "",
-        "| objective | role | threshold | win rate | 95 % CI | judged by |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, r in evaluation.objectives.items():
-        asked = "" if r.threshold is None else f"{r.threshold:.3f}"
-        low, high = r.win_rate_ci95
-        lines.append(f"| {name} | {r.role} | {asked} | {r.win_rate:.3f} | {low:.3f} to {high:.3f} | {r.judge} |")
-    lines += ["", f"KL to the reference: {evaluation.kl:.3f} nats a response.", "", "## Labels", ""]
-    lines += [f"- {key}: {value}" for key, value in data.provenance.items()]
-    lines += ["", "## Reproduce", "", "    " + " ".join(["mopo", *sys.argv[1:]]), ""]
-    (run.model / "README.md").write_text("\n".join(lines), encoding="utf-8")

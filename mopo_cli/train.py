@@ -21,7 +21,7 @@ from mopo_cli.alignment import Alignment, latest_checkpoint
 from mopo_cli.config import PreferenceModelConfig, SftConfig, TrainConfig
 from mopo_cli.console import say, stage, warn
 from mopo_cli.errors import UserError
-from mopo_cli.evaluate import Models
+from mopo_cli.evaluation import Models
 from mopo_cli.inputs import Inputs, build_method, prepare_inputs
 from mopo_cli.judging import judge_rows
 from mopo_cli.models.preference import (

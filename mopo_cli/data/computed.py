@@ -41,3 +41,27 @@ def grounded(prompt: str, response: str, context: str) -> float:
 
 def _content_words(text: str) -> list[str]:
     return [word for word in _WORD.findall(text.lower()) if word not in STOP_WORDS]
+
+
+def length(prompt: str, response: str, context: str) -> float:
+    """The number of white-space separated words of the response."""
+    return float(len(response.split()))
+
+
+def overlap(prompt: str, response: str, context: str) -> float:
+    """The share, in [0, 1], of the response's content words that occur in the prompt; 0 where it has none."""
+    words = _content_words(response)
+    known = set(_content_words(prompt))
+    return sum(word in known for word in words) / len(words) if words else 0.0
+
+
+def matches(prompt: str, response: str, context: str, pattern: str, wanted: bool = True) -> float:
+    """1 where the regular expression is found in the response, else 0; the other way round where it is not wanted.
+
+    Raises UserError where the pattern is none.
+    """
+    try:
+        found = re.search(pattern, response) is not None
+    except re.error as error:
+        raise UserError(f"pattern={pattern!r}: not a regular expression ({error})") from error
+    return float(found == wanted)

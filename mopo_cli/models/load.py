@@ -1,4 +1,4 @@
-"""A policy and its tokenizer: from the hub, a local directory, or an architecture with random weights."""
+"""A policy or a classifier with its tokenizer: from the hub, a local directory, or (a policy) with random weights."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import difflib
 import functools
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -335,6 +337,50 @@ def _merged(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
     for parameter in merged.parameters():  # the adapter had frozen what is below it
         parameter.requires_grad_(parameter.is_floating_point())
     return merged
+
+
+# --------------------------------------------------------------------------------------------- classifiers
+
+
+def load_classifier(
+    config: ModelConfig, key: str, outputs: int | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A sequence-classification model and its tokenizer, ready for padded batches; dropout is off.
+
+    outputs: the number of its classes, where its config is known to be wrong about it. Raises UserError where it cannot
+    be had, or where weights are missing (its head, say: it is no classifier); `key` is the config key in front of path.
+    """
+    try:
+        path = _source(config)
+        settings = _hub_arguments(config)
+        tokenizer = AutoTokenizer.from_pretrained(path, **settings)
+        model, report = AutoModelForSequenceClassification.from_pretrained(  # type: ignore[misc]
+            path,
+            dtype=getattr(torch, config.dtype),
+            output_loading_info=True,
+            **({} if outputs is None else {"num_labels": outputs}),
+            **settings,
+        )
+    except UserError as error:
+        raise UserError(_with_key(str(error), key)) from None
+    except Exception as error:
+        raise UserError(_with_key(_cannot_load("classifier", config, error), key)) from error
+    if report["missing_keys"]:  # transformers would draw these at random and go on
+        shown = ", ".join(sorted(report["missing_keys"])[:3])
+        raise UserError(f"{key}.path={config.path}: no sequence-classification model (its files lack {shown})")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"{key}.path={config.path}: its tokenizer has neither a padding token nor an end token")
+    tokenizer.padding_side = "right"
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model.eval(), tokenizer
+
+
+def _with_key(text: str, key: str) -> str:
+    """A message about `model.path` that speaks of another key, and of no random weights."""
+    text = re.sub(r"(; )?or (to a hub id; or )?model\.init=random.*", "", text)
+    return re.sub(r"(?<![\w./-])model\.(?=(path|revision|trust_remote_code)\b)", f"{key}.", text)
 
 
 # --------------------------------------------------------------------------------------------- places and messages

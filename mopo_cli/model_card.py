@@ -1,0 +1,121 @@
+"""The model card of a run: what it was aligned to, what was measured, where the labels come from, how to use it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+VERDICTS = {"yes": "yes", "no": "no", "undecided": "undecided (the interval holds the threshold)"}
+
+
+def model_card(
+    settings: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    adapter: bool = False,
+    prompt: str | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+) -> str:
+    """Markdown with the hub's metadata in front.
+
+    settings: the run's config. summary, provenance: its summary.json and provenance.json. adapter: whether the folder
+    holds a LoRA adapter alone. prompt: an example in the form that the model knows. evaluation: a later
+    evaluation.json.
+    """
+    model, measured = settings["model"], evaluation or summary
+    base = str(model.get("path") or model.get("name") or "a model from scratch")
+    lines = ["---", yaml.safe_dump(_metadata(model, adapter), sort_keys=False).strip(), "---", ""]
+    lines += [f"# {_text(settings['run']['name'])}", ""]
+    lines += [
+        f"Aligned from `{_code(base)}` with mopo {summary['versions']['mopo']} (tau {settings['tau']:g}, "
+        f"{summary['train']['steps']} steps, seed {summary['seed']}): {_aim(summary['objectives'])}.",
+        "",
+        *_objectives(measured),
+        *_beside(measured),
+        "",
+        "A win rate is how often a response beats the data's responses to the same prompt; 0.5 is parity. Intervals "
+        "are 95 % bootstrap intervals over prompts.",
+        "",
+    ]
+    if prompt is not None:
+        lines += _usage(adapter, prompt)
+    if summary.get("warnings"):
+        lines += ["## Warnings of the run", "", *(f"- {_text(text)}" for text in summary["warnings"]), ""]
+    lines += ["## Data and labels", "", *(f"- {_text(k)}: {_text(v)}" for k, v in provenance.items()), ""]
+    lines += ["## Reproduce", "", f"    {_line(summary.get('command', ''))}", ""]
+    return "\n".join(lines)
+
+
+def _metadata(model: Mapping[str, Any], adapter: bool) -> dict[str, Any]:
+    tags = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
+    base = model.get("path")
+    known = base and not str(base).startswith(("/", ".", "~")) and str(base).count("/") == 1
+    return {**tags, **({"base_model": str(base)} if known else {}), "tags": ["mopo", "preference-optimization"]}
+
+
+def _aim(objectives: Mapping[str, Any]) -> str:
+    primary = next((_text(name) for name, o in objectives.items() if o["role"] == "primary"), "its objective")
+    kept = [
+        f"{_text(name)} at least {o['threshold']:.3f}" for name, o in objectives.items() if o["threshold"] is not None
+    ]
+    return f"as {primary} as possible" + (f", with {' and '.join(kept)}" if kept else "")
+
+
+def _objectives(measured: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "| objective | role | threshold | win rate | 95 % CI | kept | judged by |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, o in measured["objectives"].items():
+        low, high = o["win_rate_ci95"]
+        asked = "" if o["threshold"] is None else f"{o['threshold']:.3f}"
+        kept = VERDICTS.get(o.get("satisfied_with_confidence") or "", "")
+        lines.append(
+            f"| {_text(name)} | {o['role']} | {asked} | {o['win_rate']:.3f} | {low:.3f} to {high:.3f} | {kept} "
+            f"| {_text(o['judge'])} |"
+        )
+    return lines
+
+
+def _beside(measured: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if measured.get("kl") is not None:
+        lines += ["", f"KL to the reference: {measured['kl']:.3f} nats a response."]
+    if measured.get("oracle"):
+        exact = ", ".join(f"{_text(name)} {value:.3f}" for name, value in measured["oracle"]["win_rate"].items())
+        lines += ["", f"Exact win rates: {exact}."]
+    return lines
+
+
+def _usage(adapter: bool, prompt: str) -> list[str]:
+    needs = " (with peft installed, which loads the base model below the adapter)" if adapter else ""
+    return [
+        "## Use",
+        "",
+        f"The model goes on after a prompt of this form{needs}:",
+        "",
+        "    from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        '    path = "."  # this folder, or its id on the hub',
+        "    tokenizer = AutoTokenizer.from_pretrained(path)",
+        "    model = AutoModelForCausalLM.from_pretrained(path)",
+        f'    inputs = tokenizer({prompt!r}, return_tensors="pt")',
+        "    output = model.generate(**inputs, do_sample=True, max_new_tokens=256)",
+        '    print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))',
+        "",
+    ]
+
+
+def _line(value: object) -> str:
+    return " ".join(str(value).split())
+
+
+def _text(value: object) -> str:
+    """A value as text of one line: no mark-up, no cell border."""
+    return _line(value).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+
+
+def _code(value: object) -> str:
+    return _line(value).replace("`", "'")
