@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mopo_cli.errors import UserError
 
 GROUPS = ("dataset", "model", "objectives", "algorithm", "hparams", "logger", "structures", "experiment")
+GROUPS += ("sweeper", "launcher")
 
 
 @dataclass
@@ -140,6 +141,14 @@ class LoggerConfig:
 
 
 @dataclass
+class DebugConfig:
+    """For tests, and for whoever wants to see what happens. `debug=true` is short for `debug.traceback=true`."""
+
+    traceback: bool = False
+    fail_at_step: int | None = None  # the run raises after this step of the alignment
+
+
+@dataclass
 class TrainConfig:
     """What `mopo train` runs on. `dataset` and `algorithm` stay mappings: they name the function that takes them."""
 
@@ -166,7 +175,7 @@ class TrainConfig:
     objectives: dict[str, ObjectiveConfig] = field(default_factory=dict)
     algorithm: dict[str, Any] = field(default_factory=dict)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
-    debug: bool = False
+    debug: DebugConfig = field(default_factory=DebugConfig)
 
 
 @dataclass
@@ -246,7 +255,9 @@ class SweepConfig:
 
     name: str = ""
     dir: str = ""
-    resume: bool = False
+    retry: str = "failed"  # or "none": what failed stays; or "all": every point again, from its beginning
+    zip: list[str] = field(default_factory=list)  # keys whose values go together instead of being multiplied
+    dry_run: bool = False
     grid: dict[str, Any] = field(default_factory=dict)  # of an experiment: key -> values
 
 
@@ -388,6 +399,8 @@ def typed(config: DictConfig, schema: type) -> Any:
                 f"{unknown[0]}: no such key{_did_you_mean(unknown[0], list(fields))}. Allowed: {', '.join(fields)}"
             )
         known = {key: config[key] for key in config if key in fields}
+        if isinstance(known.get("debug"), bool) and schema.__dataclass_fields__["debug"].type != "bool":
+            known["debug"] = {"traceback": known["debug"]}
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), known))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "config"
@@ -418,8 +431,18 @@ def check_train(config: TrainConfig) -> None:
     _require(config.model.init in ("pretrained", "random"), "model.init", config.model.init, "pretrained or random")
     dtypes = ("float32", "bfloat16", "float16")
     _require(config.model.dtype in dtypes, "model.dtype", config.model.dtype, " or ".join(dtypes))
+    step = config.debug.fail_at_step
+    _require(step is None or step >= 1, "debug.fail_at_step", step, "1 or more, or null")
     _require(0 <= config.onpolicy.support < 1, "onpolicy.support", config.onpolicy.support, "in [0, 1)")
     check_objectives(config.objectives)
+
+
+def check_sweep(config: SweepConfig) -> None:
+    """Raise UserError where a setting of `mopo sweep` is out of range."""
+    _require(config.retry in ("failed", "none", "all"), "sweep.retry", config.retry, "failed, none or all")
+    _require(bool(config.dir), "sweep.dir", config.dir or "''", "a directory")
+    twice = [key for key in config.zip if config.zip.count(key) > 1]
+    _require(not twice, "sweep.zip", config.zip, "different keys")
 
 
 def check_plan(config: PlanConfig) -> None:

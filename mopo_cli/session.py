@@ -78,10 +78,10 @@ def recorded(
     try:
         tracker = Tracker(run, config.logger, settings_of(composed), composed.run.name, config.run.resume, main)
         yield tracker
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # a cluster's time limit ends a job by SystemExit
         if main:
             run.set_state("interrupted")
-            if sys.argv[1:2] == ["train"] and not {"-m", "--multirun"} & {*sys.argv}:  # a sweep has its own word
+            if sys.argv[1:2] == ["train"]:
                 say(f"interrupted; go on with: {resume_command(run, sys.argv[2:])}")
         raise
     except BaseException as error:
