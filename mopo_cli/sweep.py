@@ -31,7 +31,7 @@ from mopo_cli.grid import (
     preset_grid,
     settings_of,
 )
-from mopo_cli.launchers import Pool, apart, start_server
+from mopo_cli.launchers import Pool, apart
 from mopo_cli.processes import alone
 from mopo_cli.runs import RunDirectory, check_place, check_same_settings, locked, open_run
 from mopo_cli.sweep_results import Record, draw, earlier_runs, publish, record_of, write_results
@@ -66,7 +66,6 @@ def command(overrides: Sequence[str], user_config_dir: str | None, show_config: 
         print(configs.to_yaml(known[0].composed), end="")
         return 0
     launcher.check()
-    start_server()
     trials = known_runs(known, directory)
     check(trials, directory, settings)
     expected = estimate([(settings_of(trial), trial.run) for trial in trials], directory)
@@ -125,7 +124,9 @@ def check(trials: Sequence[Trial], directory: Path, settings: configs.SweepConfi
     if locked(RunDirectory(directory)):
         raise UserError(f"sweep.dir={directory}: a sweep is going on there now; choose another sweep.dir or sweep.name")
     check_place(directory)
-    apart(check_points, [settings_of(trial) for trial in trials])
+    starting = [settings_of(trial) for trial in trials if not _stays(_record(trial), settings.retry)]
+    if starting:
+        apart(check_points, starting)
     for trial in trials:
         if trial.run.config.exists() and settings.retry != "all":
             check_same_settings(trial.run, settings_of(trial))
@@ -234,7 +235,7 @@ class Sweep:
         """Start a run, or take it as it is where it has ended, or wait for it where another process has it."""
         name, record = trial.point.id, _record(trial)
         held = self.pool.holds(name)
-        if not held and self._stays(record):
+        if not held and _stays(record, self.retry):
             self._took(trial, record, seen=False)
         elif not held and locked(trial.run):
             self.elsewhere[name] = trial
@@ -244,9 +245,6 @@ class Sweep:
                 forget(trial.run)
             self.board.begin(name)
             self._start(trial)
-
-    def _stays(self, record: Record) -> bool:
-        return self.retry != "all" and (record.state in ENDED or (record.state == "failed" and self.retry == "none"))
 
     def _start(self, trial: Trial) -> None:
         task = Task(trial.point.id, settings_of(trial), str(trial.run.path), os.getcwd(), trial.point.overrides)
@@ -295,16 +293,14 @@ class Sweep:
         failed = [line for line in self.board.lines.values() if line.record.state not in ENDED]
         self._write("failed" if failed else "done")
         ended = [(r.overrides, self.directory / "runs" / r.id) for r in records if r.state in ENDED]
-        figures = apart(draw, ended, self.directory) if ended else []
+        figures = apart(draw, ended, self.directory) if ended and self.board.count else []
         upload = self._publish(figures, again) if self.board.count else None
         show_results(records)
         say(f"results        {self.directory / 'results.csv'}")
         for path in figures:
             say(f"figure         {path}")
-        for line in failed:
-            if log_of(line.run).exists():
-                say(f"log            {log_of(line.run)}")
         if failed:
+            say(f"log            {self.directory / 'runs' / '*' / 'log.txt'}")
             say(f"{len(failed)} of {self.points.total} runs have not ended well; go on with: {again}")
         if upload:
             say(f"upload to Weights & Biases: {upload}")
@@ -319,6 +315,11 @@ class Sweep:
         logger.tags = []
         sync = apart(publish, self.directory, logger, self._records(), again, figures)
         return sync and f"wandb sync {self.directory}/runs/*/wandb/offline-run-* {self.directory}/wandb/offline-run-*"
+
+
+def _stays(record: Record, retry: str) -> bool:
+    """Whether a run is left as it is."""
+    return retry != "all" and (record.state in ENDED or (record.state == "failed" and retry == "none"))
 
 
 def _interrupt(signum: int, frame: object) -> None:
