@@ -261,14 +261,14 @@ def check_same_settings(run: RunDirectory, settings: dict[str, Any]) -> None:
     started, now = dict(flat(run.settings())), dict(flat(settings))
     for key in [*now, *(key for key in started if key not in now)]:
         if key.partition(".")[0] not in FREE_ON_RESUME and started.get(key) != now.get(key):
-            found, asked = _shown(started, key), _shown(now, key)
+            found, asked = shown(started, key), shown(now, key)
             raise UserError(
                 f"{key}={asked}: the run in run.dir={run.path} was started with {found}, and goes on with the same "
                 f"settings only (its config.yaml has them). Give {key}={found}, or start another run"
             )
 
 
-def _shown(values: dict[str, Any], key: str) -> str:
+def shown(values: dict[str, Any], key: str) -> str:
     value = values.get(key)
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 

@@ -34,7 +34,7 @@ from mopo_cli.grid import (
 from mopo_cli.launchers import Pool, apart
 from mopo_cli.processes import alone
 from mopo_cli.runs import RunDirectory, check_place, check_same_settings, locked, open_run
-from mopo_cli.sweep_results import Record, draw, earlier_runs, publish, record_of, write_results
+from mopo_cli.sweep_results import Record, draw, earlier_runs, publish, record_of, with_every_key, write_results
 from mopo_cli.sweep_view import Board, Line, show_plan, show_results
 from mopo_cli.worker import ENDED, Task, forget, log_of
 
@@ -283,7 +283,7 @@ class Sweep:
             self._end(trial, "")
 
     def _records(self) -> list[Record]:
-        return [line.record for line in self.board.lines.values()] + self.others
+        return with_every_key([line.record for line in self.board.lines.values()] + self.others, self.directory)
 
     def _write(self, state: str) -> None:
         write_results(self.directory, self._records(), state)

@@ -8,13 +8,13 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mopo_cli.config import LoggerConfig
 from mopo_cli.errors import UserError
-from mopo_cli.runs import RunDirectory, locked, read_json, read_lines, write_atomic, write_json
+from mopo_cli.runs import RunDirectory, flat, locked, read_json, read_lines, shown, write_atomic, write_json
 from mopo_cli.worker import ENDED
 
 if TYPE_CHECKING:
@@ -61,6 +61,27 @@ def record_of(point_id: str, overrides: dict[str, str], run: RunDirectory) -> Re
     summary = run.results()
     roles = {name: objective["role"] for name, objective in summary["objectives"].items()}
     return Record(point_id, overrides, state, error, summary["train"]["wall_seconds"], numbers(summary), roles)
+
+
+def with_every_key(records: Sequence[Record], directory: Path) -> list[Record]:
+    """The records with the overrides that only others of them name, read from each run's own config.
+
+    Runs of two sweeps in one directory may vary in different keys.
+    """
+    keys = list(dict.fromkeys(key for record in records for key in record.overrides))
+    return [
+        record
+        if record.overrides.keys() >= set(keys)
+        else replace(record, overrides=_overrides(record, keys, directory))
+        for record in records
+    ]
+
+
+def _overrides(record: Record, keys: Sequence[str], directory: Path) -> dict[str, str]:
+    run = RunDirectory(directory / "runs" / record.id)
+    settings = dict(flat(run.settings())) if run.config.exists() else {}
+    found = {key: shown(settings, key) for key in keys if key in settings}
+    return {key: record.overrides.get(key, found.get(key, "")) for key in keys}
 
 
 def numbers(summary: dict[str, Any]) -> dict[str, Any]:
