@@ -290,6 +290,14 @@ def compose(command: str, overrides: list[str], user_config_dir: str | None = No
             raise UserError(_one_line(error)) from error
 
 
+def in_grammar(text: str) -> str:
+    """A string as the value of an override: as it is, or quoted where Hydra would read it otherwise."""
+    if re.fullmatch(r"[\w./-]+", text):
+        return text
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
 def check_experiment(command: str, overrides: Sequence[str], user_config_dir: str | None = None) -> None:
     """UserError where the preset that is asked for (experiment=NAME) belongs to another command."""
     for override in overrides:

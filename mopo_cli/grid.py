@@ -134,15 +134,8 @@ def preset_grid(composed: DictConfig, asked: Sequence[str]) -> list[str]:
     """The grid of a preset (experiment=) as overrides, but for the keys that the command line sets itself."""
     named = {o.lstrip("+").partition("=")[0] for o in asked}
     grid = composed.sweep.get("grid") or {}
-    return [f"{key}={','.join(map(_grammar, values))}" for key, values in grid.items() if key not in named]
-
-
-def _grammar(value: Any) -> str:
-    """A value in Hydra's grammar."""
-    if not isinstance(value, str):
-        return str(value)
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
+    written = {key: [configs.in_grammar(v) if isinstance(v, str) else str(v) for v in grid[key]] for key in grid}
+    return [f"{key}={','.join(values)}" for key, values in written.items() if key not in named]
 
 
 def point_id(varying: Sequence[str]) -> str:

@@ -122,4 +122,4 @@ def fingerprint(data: PreferenceData) -> str:
 def resume_command(run: RunDirectory, overrides: Sequence[str]) -> str:
     """The command that goes on with an interrupted run: the same settings, this directory."""
     kept = [o for o in overrides if not o.startswith(("run.dir=", "run.name=", "run.resume="))]
-    return shlex.join(["mopo", "train", *kept, f"run.dir={run.path}", "run.resume=true"])
+    return shlex.join(["mopo", "train", *kept, f"run.dir={configs.in_grammar(str(run.path))}", "run.resume=true"])

@@ -77,7 +77,9 @@ def command(overrides: Sequence[str], user_config_dir: str | None, show_config: 
     try:
         by_point = dict(zip((trial.point.id for trial in known), trials, strict=True))
         sweep = Sweep(directory, settings.retry, points, by_point, user_config_dir)
-        return sweep.run(launcher, earlier, expected, shlex.join([*again, f"sweep.dir={directory}"]))
+        return sweep.run(
+            launcher, earlier, expected, shlex.join([*again, f"sweep.dir={configs.in_grammar(str(directory))}"])
+        )
     finally:
         lock.close()
 

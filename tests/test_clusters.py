@@ -171,7 +171,8 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
 @pytest.mark.slow
 class TestSlurm:
-    SWEEP = ("sweep", *FAST, "launcher=slurm", "launcher.cpus_per_task=1", "launcher.poll=0.5", "sweep.dir=s")
+    EASY = ("objectives.harmless.threshold=0.1", "objectives.concise.threshold=0.1")  # it ends by its steps
+    SWEEP = ("sweep", *FAST, *EASY, "launcher=slurm", "launcher.cpus_per_task=1", "launcher.poll=0.5", "sweep.dir=s")
 
     def jobs(self, environment: dict[str, str], *options: str) -> list[str]:
         asked = ["squeue", "--noheader", "--format=%i", *options]
@@ -216,6 +217,9 @@ class TestSlurm:
             wait_for(lambda: any((run / "checkpoints").glob("step-*")), process)
             (job,) = self.jobs(slurm)
             subprocess.run(["scancel", "--signal=USR2", job], env={**os.environ, **slurm}, check=True)  # time is up
+            wait_for(lambda: bool(self.jobs(slurm, "--states=PENDING")), process)
+            soon = ["scontrol", "update", f"JobId={job}", "StartTime=now"]  # Slurm lets it wait for two minutes
+            subprocess.run(soon, env={**os.environ, **slurm}, check=True)
             out, err = process.communicate(timeout=TIMEOUT)
         finally:
             process.kill()
