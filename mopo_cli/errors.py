@@ -1,5 +1,19 @@
 """The one exception that means "the user can fix this"; the command line turns it into a message and exit status 2."""
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 
 class UserError(Exception):
     """A mistake in the config or the input: what was found, where (key, file and line), what is allowed."""
+
+
+def needed(module: str, extra: str) -> Any:
+    """The module of an optional extra; UserError where it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.partition(".")[0]
+        raise UserError(f'{package} is not installed, which this needs: pip install "mopo[{extra}]"') from None

@@ -21,7 +21,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from mopo_cli.errors import UserError
+from mopo_cli.errors import UserError, needed
 from mopo_cli.runs import read_json, write_json
 from mopo_cli.worker import Task, work
 
@@ -232,16 +232,6 @@ def _require(condition: bool, key: str, found: object, allowed: str) -> None:
         raise UserError(f"launcher.{key}={found}: must be {allowed}")
 
 
-def _needed(package: str, launcher: str) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        told = f'launcher={launcher}: needs {package}; install it with: pip install "mopo[{launcher}]"'
-        raise UserError(told) from None
-
-
 # --------------------------------------------------------------------------------------------- Slurm
 
 
@@ -264,7 +254,7 @@ class Slurm:
     additional_parameters: Any = None
 
     def check(self) -> None:
-        _needed("submitit", "slurm")
+        needed("submitit", "slurm")
         for key in ("timeout_min", "cpus_per_task", "poll"):
             _require(getattr(self, key) > 0, key, getattr(self, key), "above 0")
         _require(self.jobs is None or self.jobs >= 1, "jobs", self.jobs, "1 or more, or null")
@@ -287,8 +277,7 @@ class SlurmJobs:
     LIVE += ("STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING", "RESV_DEL_HOLD", "SPECIAL_EXIT", "PREEMPTED")
 
     def __init__(self, settings: Slurm, directory: Path):
-        import submitit
-
+        submitit = needed("submitit", "slurm")
         self.slots = settings.jobs
         self.poll = settings.poll
         self.folder = (directory / "jobs").absolute()
@@ -382,9 +371,7 @@ class SlurmTask:
         work(self.task)
 
     def checkpoint(self) -> Any:
-        from submitit.helpers import DelayedSubmission
-
-        return DelayedSubmission(self)
+        return needed("submitit.helpers", "slurm").DelayedSubmission(self)
 
 
 # --------------------------------------------------------------------------------------------- Ray
@@ -401,7 +388,7 @@ class Ray:
     memory_gb: float | None = None
 
     def check(self) -> None:
-        _needed("ray", "ray")
+        needed("ray", "ray")
         for key in ("cpus", "gpus"):
             _require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
 
@@ -413,9 +400,7 @@ class RayTasks:
     """Tasks of one Ray driver: they end with it, and each has a worker process of its own."""
 
     def __init__(self, settings: Ray):
-        import ray
-
-        self.ray = ray
+        self.ray = ray = needed("ray", "ray")
         self.slots: int | None = None
         self.going: dict[Any, str] = {}
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

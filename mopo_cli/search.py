@@ -13,7 +13,7 @@ from typing import Any
 
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
 
-from mopo_cli.errors import UserError
+from mopo_cli.errors import UserError, needed
 from mopo_cli.grid import Point, Points, first_choice, parse, point_of
 from mopo_cli.sweep_results import Record
 from mopo_cli.worker import ENDED
@@ -32,10 +32,7 @@ class Optuna:
         for key in ("trials", "startup"):
             if getattr(self, key) < 1:
                 raise UserError(f"sweeper.{key}={getattr(self, key)}: must be 1 or more")
-        try:
-            import optuna  # noqa: F401
-        except ImportError:
-            raise UserError('sweeper=optuna: needs optuna; install it with: pip install "mopo[optuna]"') from None
+        needed("optuna", "optuna")
 
     def open(self, overrides: Sequence[str], zipped: Sequence[str], earlier: Sequence[dict[str, str]]) -> Points:
         if zipped:
@@ -92,8 +89,7 @@ class Search:
 
     def _propose(self, number: int) -> dict[str, str]:
         """Optuna's next point, given every point so far and its result."""
-        import optuna
-
+        optuna = needed("optuna", "optuna")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         names = next((list(r.roles) for r in self.records.values() if r.roles), ["objective"])
         study = optuna.create_study(directions=["maximize"] * len(names), sampler=optuna.samplers.RandomSampler(seed=0))
@@ -120,18 +116,16 @@ class Search:
 
 def _distribution(override: Override) -> Any:
     """What Optuna draws from, for one swept override."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    value = override.value()
+    known, value = needed("optuna", "optuna").distributions, override.value()
     try:
         if isinstance(value, IntervalSweep):
-            kind = IntDistribution if isinstance(value.start, int) else FloatDistribution
-            return kind(value.start, value.end, log="log" in value.tags)  # type: ignore[arg-type]
+            kind = known.IntDistribution if isinstance(value.start, int) else known.FloatDistribution
+            return kind(value.start, value.end, log="log" in value.tags)
         if isinstance(value, RangeSweep) and all(isinstance(v, int) for v in (value.start, value.stop, value.step)):
             steps = range(int(value.start), int(value.stop), int(value.step))  # type: ignore[arg-type]
-            return IntDistribution(steps[0], steps[-1], step=steps.step)
+            return known.IntDistribution(steps[0], steps[-1], step=steps.step)
         assert isinstance(value, ChoiceSweep | RangeSweep)
-        return CategoricalDistribution(list(override.sweep_string_iterator()))
+        return known.CategoricalDistribution(list(override.sweep_string_iterator()))
     except (ValueError, IndexError, AssertionError, TypeError) as error:
         raise UserError(f"cannot search over {override.input_line!r}: {' '.join(str(error).split())}") from None
 

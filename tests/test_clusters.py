@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from signal import SIGINT, SIGKILL
+from typing import Any
 
 import pytest
 from running import TIMEOUT, TINY, Finished, mopo, read_json, start, wait_for
@@ -37,7 +38,7 @@ class TestParallel:
         monkeypatch.setattr(launchers, "start_server", lambda: None)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
-    def opened(self, runs: int = 100, **settings: int) -> Processes:
+    def opened(self, runs: int = 100, **settings: Any) -> Processes:
         pool = Parallel(**settings).open(Path(), runs)
         assert isinstance(pool, Processes)
         return pool
@@ -77,7 +78,7 @@ class TestSearch:
     def needs_optuna(self):
         pytest.importorskip("optuna", reason="the extra `optuna` is not installed")
 
-    def search(self, *overrides: str, earlier: tuple[dict[str, str], ...] = (), **settings: int):
+    def search(self, *overrides: str, earlier: tuple[dict[str, str], ...] = (), **settings: Any):
         from mopo_cli.search import Optuna
 
         return Optuna(**settings).open(overrides, (), earlier)
@@ -144,11 +145,11 @@ class TestSearch:
 class TestRay:
     def test_a_local_ray(self, here: Path):
         pytest.importorskip("ray", reason="the extra `ray` is not installed")
-        points = ("seed=0,1,2", "debug.fail_at_step=null,null,2", "sweep.zip=[seed,debug.fail_at_step]")
+        points = ("seed=0,1", "debug.fail_at_step=null,2", "sweep.zip=[seed,debug.fail_at_step]")
         done = mopo("sweep", *FAST, *points, "launcher=ray", "sweep.dir=s", cwd=here, RAY_DISABLE_IMPORT_WARNING="1")
         assert done.status == 1, done.err
-        assert states(here / "s")[2] == "failed"
-        assert states(here / "s")[:2].count("failed") == 0
+        assert states(here / "s")[1] == "failed"
+        assert states(here / "s")[0] in ("done", "infeasible")
         assert "Ray tasks" in done.out
 
 

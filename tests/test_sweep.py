@@ -191,11 +191,10 @@ class TestSamePoint:
         ]  # W&B takes 64 characters
 
 
-def ended(name: str, helpful: float, harmless: float, kept: bool = True, **more: Any) -> Record:
-    numbers = {"win_rate/helpful": helpful, "win_rate/harmless": harmless, "satisfied/harmless": kept, **more}
-    return Record(
-        name, {}, more.pop("state", "done"), None, 1.0, numbers, {"helpful": "primary", "harmless": "secondary"}
-    )
+def ended(name: str, helpful: float, harmless: float, kept: bool = True, exact: float | None = None) -> Record:
+    numbers = {"win_rate/helpful": helpful, "win_rate/harmless": harmless, "satisfied/harmless": kept}
+    numbers |= {} if exact is None else {"exact/helpful": exact}
+    return Record(name, {}, "done", None, 1.0, numbers, {"helpful": "primary", "harmless": "secondary"})
 
 
 class TestBest:
@@ -206,7 +205,7 @@ class TestBest:
         assert (found.id, reason) == ("b", None)
 
     def test_exact_numbers_decide_where_they_are_known(self):
-        runs = [ended("a", 0.9, 0.6, **{"exact/helpful": 0.5}), ended("b", 0.6, 0.6, **{"exact/helpful": 0.55})]
+        runs = [ended("a", 0.9, 0.6, exact=0.5), ended("b", 0.6, 0.6, exact=0.55)]
         found, _ = best(runs)
         assert found is not None
         assert found.id == "b"
