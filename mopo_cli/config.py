@@ -409,7 +409,12 @@ def typed(config: DictConfig, schema: type) -> Any:
         known = {key: config[key] for key in config if key in fields}
         if isinstance(known.get("debug"), bool) and schema.__dataclass_fields__["debug"].type != "bool":
             known["debug"] = {"traceback": known["debug"]}
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), known))
+        empty = OmegaConf.structured(schema)
+        for key, value in known.items():
+            if OmegaConf.is_dict(empty[key]) and not isinstance(value, dict | DictConfig):
+                inside = f" ({', '.join(map(str, empty[key]))})" if empty[key] else ""
+                raise UserError(f"{key}: {value} is no group of keys{inside}")
+        return OmegaConf.to_object(OmegaConf.merge(empty, known))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "config"
         raise UserError(f"{key}: {str(error).splitlines()[0]}") from error

@@ -139,6 +139,7 @@ class Processes:
         finally:
             for process in self.going.values():
                 process.kill()
+            self.going.clear()
 
 
 def _exit_note(status: int | None) -> str:
@@ -449,4 +450,5 @@ class RayTasks:
             self.ray.cancel(reference, force=False)
         if self.going:
             self.ray.wait(list(self.going), num_returns=len(self.going), timeout=PATIENCE)
+        self.going.clear()
         self.ray.shutdown()

@@ -27,6 +27,7 @@ CredType=cred/munge
 ProctrackType=proctrack/pgid
 TaskPlugin=task/none
 SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
 SlurmUser=root
 StateSaveLocation=$dir/state
 SlurmdSpoolDir=$dir/spool
