@@ -31,8 +31,8 @@ COMMANDS = {
     ),
     "sweep": Command(
         "mopo_cli.sweep",
-        "train at every point of a grid and collect results.csv",
-        "mopo sweep -m tau=0.1,0.5,1.0 beta=0.95,0.99",
+        "train at every point of a grid, here or on a cluster, and collect results.csv",
+        "mopo sweep tau=0.1,0.5,1.0 beta=0.95,0.99",
     ),
     "data": Command(
         "mopo_cli.data_report",
@@ -61,6 +61,7 @@ COMMANDS = {
     ),
 }
 
+DEBUG = {"debug=true", "debug.traceback=true"}
 USAGE = """\
 mopo {version}: align a language model with several human objectives, from pairwise preferences.
 
@@ -148,7 +149,7 @@ def run(name: str, arguments: Arguments) -> int:
 
         return sweep.command(arguments.overrides, arguments.config_dir, arguments.cfg)
     if arguments.multirun:
-        raise UserError(f"-m: `mopo {name}` runs once; use `mopo sweep -m`")
+        raise UserError(f"-m: `mopo {name}` runs once; use `mopo sweep`")
     overrides = arguments.overrides
     text = None
     if name in ("eval", "sample", "export"):
@@ -191,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         status = 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
         if status == 1 or is_main():  # a user's mistake is the same in every process
-            report(error, status, debug=any(argument.lower() == "debug=true" for argument in argv))
+            report(error, status, debug=not DEBUG.isdisjoint(argument.lower() for argument in argv))
         return status
 
 

@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mopo_cli.errors import UserError
 
 GROUPS = ("dataset", "model", "objectives", "scorers", "algorithm", "hparams", "logger", "structures", "experiment")
+GROUPS += ("sweeper", "launcher")
 
 
 @dataclass
@@ -143,6 +144,14 @@ class LoggerConfig:
 
 
 @dataclass
+class DebugConfig:
+    """For tests, and for whoever wants to see what happens. `debug=true` is short for `debug.traceback=true`."""
+
+    traceback: bool = False
+    fail_at_step: int | None = None  # the run raises after this step of the alignment
+
+
+@dataclass
 class TrainConfig:
     """What `mopo train` runs on. `dataset` and `algorithm` stay mappings: they name the function that takes them."""
 
@@ -170,7 +179,7 @@ class TrainConfig:
     objectives: dict[str, ObjectiveConfig] = field(default_factory=dict)
     algorithm: dict[str, Any] = field(default_factory=dict)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
-    debug: bool = False
+    debug: DebugConfig = field(default_factory=DebugConfig)
 
 
 @dataclass
@@ -308,7 +317,9 @@ class SweepConfig:
 
     name: str = ""
     dir: str = ""
-    resume: bool = False
+    retry: str = "failed"  # or "none": what failed stays; or "all": every point again, from its beginning
+    zip: list[str] = field(default_factory=list)  # keys whose values go together instead of being multiplied
+    dry_run: bool = False
     grid: dict[str, Any] = field(default_factory=dict)  # of an experiment: key -> values
 
 
@@ -339,6 +350,14 @@ def compose(command: str, overrides: list[str], user_config_dir: str | None = No
             raise UserError(_unknown_key(command, overrides, error)) from error
         except (HydraException, OmegaConfBaseException, ValueError) as error:  # dataset=null is a ValueError
             raise UserError(_one_line(error)) from error
+
+
+def in_grammar(text: str) -> str:
+    """A string as the value of an override: as it is, or quoted where Hydra would read it otherwise."""
+    if re.fullmatch(r"[\w./-]+", text):
+        return text
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def check_experiment(command: str, overrides: Sequence[str], user_config_dir: str | None = None) -> None:
@@ -450,7 +469,14 @@ def typed(config: DictConfig, schema: type) -> Any:
                 f"{unknown[0]}: no such key{_did_you_mean(unknown[0], list(fields))}. Allowed: {', '.join(fields)}"
             )
         known = {key: config[key] for key in config if key in fields}
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), known))
+        if isinstance(known.get("debug"), bool) and schema.__dataclass_fields__["debug"].type != "bool":
+            known["debug"] = {"traceback": known["debug"]}
+        empty = OmegaConf.structured(schema)
+        for key, value in known.items():
+            if OmegaConf.is_dict(empty[key]) and not isinstance(value, dict | DictConfig):
+                inside = f" ({', '.join(map(str, empty[key]))})" if empty[key] else ""
+                raise UserError(f"{key}: {value} is no group of keys{inside}")
+        return OmegaConf.to_object(OmegaConf.merge(empty, known))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "config"
         raise UserError(f"{key}: {str(error).splitlines()[0]}") from error
@@ -484,8 +510,18 @@ def check_train(config: TrainConfig) -> None:
     _require(precision in (None, "bf16"), "model.mixed_precision", precision, "bf16 or null")
     budget = config.token_budget
     _require(budget is None or budget >= 1, "token_budget", budget, "a number of tokens, 1 or more, or null")
+    step = config.debug.fail_at_step
+    _require(step is None or step >= 1, "debug.fail_at_step", step, "1 or more, or null")
     _require(0 <= config.onpolicy.support < 1, "onpolicy.support", config.onpolicy.support, "in [0, 1)")
     check_objectives(config.objectives)
+
+
+def check_sweep(config: SweepConfig) -> None:
+    """Raise UserError where a setting of `mopo sweep` is out of range."""
+    _require(config.retry in ("failed", "none", "all"), "sweep.retry", config.retry, "failed, none or all")
+    _require(bool(config.dir), "sweep.dir", config.dir or "''", "a directory")
+    twice = [key for key in config.zip if config.zip.count(key) > 1]
+    _require(not twice, "sweep.zip", config.zip, "different keys")
 
 
 def check_plan(config: PlanConfig) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import StringIO
 from typing import TextIO
@@ -20,6 +20,9 @@ from mopo_cli.processes import is_main
 console = Console(soft_wrap=False, highlight=False)
 PLAIN_EVERY = 10.0  # seconds between two plain lines of one stage
 PLAIN_WIDTH = 200  # of a table that goes to a file or a pipe
+
+
+follower: Callable[[str, int, int], None] | None = None  # told of every stage: its name, steps done, steps in all
 
 
 def clock(seconds: float | None) -> str:
@@ -58,6 +61,8 @@ class Stage:
         self.task = progress.add_task(name, total=known, completed=start, numbers="") if progress else None
 
     def advance(self, done: int, **numbers: float) -> None:
+        if follower is not None:
+            follower(self.name, done, self.total)
         text = "  ".join(f"{key} {value:.3g}" for key, value in numbers.items())
         if self.progress is not None and self.task is not None:
             self.progress.update(self.task, completed=done, total=self.total, numbers=text)
@@ -72,6 +77,8 @@ class Stage:
 @contextmanager
 def stage(name: str, total: int, start: int = 0) -> Iterator[Stage]:
     """One stage of a run, from step `start`; says what it is when it starts and how long it took when it ends."""
+    if follower is not None:
+        follower(name, start, total)
     if not is_main():
         yield Stage(name, total, quiet=True)
     elif console.is_interactive:

@@ -1,5 +1,10 @@
 """Failures with a message of their own: a mistake of the user (exit status 2), and memory that ran out (1)."""
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 
 class UserError(Exception):
     """A mistake in the config or the input: what was found, where (key, file and line), what is allowed."""
@@ -7,3 +12,12 @@ class UserError(Exception):
 
 class AcceleratorMemoryError(RuntimeError):
     """The accelerator's memory did not suffice: where, and which setting would do."""
+
+
+def needed(module: str, extra: str) -> Any:
+    """The module of an optional extra; UserError where it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.partition(".")[0]
+        raise UserError(f'{package} is not installed, which this needs: pip install "mopo[{extra}]"') from None

@@ -16,6 +16,7 @@ from mopo_cli.errors import UserError
 STATES = ("running", "done", "infeasible", "failed", "interrupted")
 FREE_ON_RESUME = (
     "run",
+    "sweep",
     "logger",
     "debug",
     "log_every",
@@ -174,12 +175,12 @@ def claim(path: str | Path, resume: bool) -> RunDirectory:
     if not str(path):
         raise UserError("run.dir: must not be empty")
     run = RunDirectory(Path(path).expanduser())
-    _check_place(run.path)
+    check_place(run.path)
     if not (run.path.is_dir() and any(run.path.iterdir())):
         if resume:
             raise UserError(f"run.resume=true, but run.dir={path} holds no run to go on with")
         return run
-    if _locked(run):
+    if locked(run):
         raise UserError(f"run.dir={path}: a run is going on there now; choose another run.dir or run.name")
     if resume:
         _check_resumable(run)
@@ -190,7 +191,7 @@ def claim(path: str | Path, resume: bool) -> RunDirectory:
     )
 
 
-def _check_place(path: Path) -> None:
+def check_place(path: Path) -> None:
     """UserError where no directory could be made or written at `path`."""
     above = path.absolute()
     while not os.path.lexists(above):
@@ -246,7 +247,7 @@ def _take(file: TextIO) -> bool:
     return True
 
 
-def _locked(run: RunDirectory) -> bool:
+def locked(run: RunDirectory) -> bool:
     if not _lock_of(run).exists():
         return False
     with open(_lock_of(run), "a", encoding="utf-8") as file:
@@ -258,24 +259,24 @@ def _locked(run: RunDirectory) -> bool:
 
 def check_same_settings(run: RunDirectory, settings: dict[str, Any]) -> None:
     """UserError where a run would go on under other settings than it was started with; names the first."""
-    started, now = dict(_flat(run.settings())), dict(_flat(settings))
+    started, now = dict(flat(run.settings())), dict(flat(settings))
     for key in [*now, *(key for key in started if key not in now)]:
         if key.partition(".")[0] not in FREE_ON_RESUME and started.get(key) != now.get(key):
-            found, asked = _shown(started, key), _shown(now, key)
+            found, asked = shown(started, key), shown(now, key)
             raise UserError(
                 f"{key}={asked}: the run in run.dir={run.path} was started with {found}, and goes on with the same "
                 f"settings only (its config.yaml has them). Give {key}={found}, or start another run"
             )
 
 
-def _shown(values: dict[str, Any], key: str) -> str:
+def shown(values: dict[str, Any], key: str) -> str:
     value = values.get(key)
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

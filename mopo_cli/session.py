@@ -79,10 +79,10 @@ def recorded(
     try:
         tracker = Tracker(run, config.logger, settings_of(composed), composed.run.name, config.run.resume, main)
         yield tracker
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # a cluster's time limit ends a job by SystemExit
         if main:
             run.set_state("interrupted")
-            if sys.argv[1:2] == ["train"] and not {"-m", "--multirun"} & {*sys.argv}:  # a sweep has its own word
+            if sys.argv[1:2] == ["train"]:
                 say(f"interrupted; go on with: {resume_command(run, sys.argv[2:])}")
         raise
     except torch.OutOfMemoryError as error:  # outside of a training step, which has a message of its own
@@ -131,4 +131,4 @@ def fingerprint(data: PreferenceData) -> str:
 def resume_command(run: RunDirectory, overrides: Sequence[str]) -> str:
     """The command that goes on with an interrupted run: the same settings, this directory."""
     kept = [o for o in overrides if not o.startswith(("run.dir=", "run.name=", "run.resume="))]
-    return shlex.join(["mopo", "train", *kept, f"run.dir={run.path}", "run.resume=true"])
+    return shlex.join(["mopo", "train", *kept, f"run.dir={configs.in_grammar(str(run.path))}", "run.resume=true"])

@@ -1,297 +1,328 @@
-"""`mopo sweep -m tau=0.1,0.5`: a run at every point of a grid, one after another, and their numbers in results.csv."""
+"""`mopo sweep tau=0.1,0.5`: a run at every point, each in a process of its own, and their numbers in results.csv.
+
+The same command again, with the same sweep.name or sweep.dir, runs what is missing, failed or interrupted.
+"""
 
 from __future__ import annotations
 
-import csv
-import gc
-import hashlib
-import io
-import itertools
-import re
+import os
 import shlex
+import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
 
 from mopo_cli import config as configs
 from mopo_cli.console import say
 from mopo_cli.errors import UserError
+from mopo_cli.estimate import Estimate, estimate
+from mopo_cli.grid import (
+    Point,
+    Points,
+    Trial,
+    compose_point,
+    first_choice,
+    known_runs,
+    parse,
+    preset_grid,
+    settings_of,
+)
+from mopo_cli.launchers import Pool, apart
 from mopo_cli.processes import alone
-from mopo_cli.runs import RunDirectory, read_lines, write_atomic, write_json
+from mopo_cli.runs import RunDirectory, check_place, check_same_settings, locked, open_run
+from mopo_cli.sweep_results import Record, draw, earlier_runs, publish, record_of, with_every_key, write_results
+from mopo_cli.sweep_view import Board, Line, show_plan, show_results
+from mopo_cli.worker import ENDED, Task, forget, log_of
 
-if TYPE_CHECKING:
-    from mopo_cli.figures import Swept
-
-OWN_KEYS = ("sweep.name", "sweep.dir", "sweep.resume")
-ENDED = ("done", "infeasible")
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """One point of the grid: its overrides, and an id derived from those that vary."""
-
-    id: str
-    overrides: tuple[str, ...]
-    varying: dict[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """A point with its composed config and its place."""
-
-    point: Point
-    composed: DictConfig
-    run: RunDirectory
+OWN = ("sweep", "launcher", "sweeper")
+GIVEN_ANEW = ("sweep.name", "sweep.dir", "sweep.retry", "sweep.dry_run")  # left out of the command that goes on
+POLL = 0.5  # seconds between two looks at the runs
+SEARCHED = 4  # trials of a search at once where the launcher sets no bound: the next ones learn from them
 
 
 def command(overrides: Sequence[str], user_config_dir: str | None, show_config: bool) -> int:
     """Run every point; exit status 1 when one failed."""
-    own = [o for o in overrides if o.lstrip("+").partition("=")[0] in OWN_KEYS]
+    own = [o for o in overrides if _key(o).partition(".")[0] in OWN]
     asked = [o for o in overrides if o not in own]
-    first = expand(asked)[0].overrides
+    first = [first_choice(override) for override in parse(asked)]
     _check_own_directories(first)
     configs.check_experiment("sweep", first, user_config_dir)
     composed = configs.compose("sweep", [*own, *first], user_config_dir)
-    points = expand([*asked, *preset_grid(composed, asked)])
     settings: configs.SweepConfig = configs.typed(composed.sweep, configs.SweepConfig)
+    configs.check_sweep(settings)
+    launcher, sweeper = _built(composed.launcher, "launcher"), _built(composed.sweeper, "sweeper")
     directory = Path(settings.dir).expanduser()
-    trials = [compose_point(point, directory, user_config_dir) for point in points]
+    sweeper.check()
+    earlier = earlier_runs(directory)
+    points = sweeper.open(
+        [*asked, *preset_grid(composed, asked)], settings.zip, [overrides for _, overrides in earlier]
+    )
+    known = [compose_point(point, directory, user_config_dir) for point in points.known()]
     if show_config:
-        print(configs.to_yaml(trials[0].composed), end="")
+        print(configs.to_yaml(known[0].composed), end="")
         return 0
-    check(trials, directory, settings.resume)
+    launcher.check()
+    trials = known_runs(known, directory)
+    check(trials, directory, settings)
+    expected = estimate([(settings_of(trial), trial.run) for trial in trials], directory)
+    if settings.dry_run:
+        show_plan(directory, [(trial.run, _record(trial)) for trial in trials], points.total, settings.retry, expected)
+        return 0
+    again = ["mopo", "sweep", *_config_dir(user_config_dir), *(o for o in overrides if _key(o) not in GIVEN_ANEW)]
+    lock = open_run(RunDirectory(directory))  # a second `mopo sweep` here is refused until this process has gone
     try:
-        return run_all(trials, directory, settings.resume)
-    except KeyboardInterrupt:
-        kept = [o for o in overrides if o not in own]
-        again = shlex.join(["mopo", "sweep", "-m", *kept, f"sweep.dir={directory}", "sweep.resume=true"])
-        say(f"interrupted; go on with: {again}")
-        raise
+        by_point = dict(zip((trial.point.id for trial in known), trials, strict=True))
+        sweep = Sweep(directory, settings.retry, points, by_point, user_config_dir)
+        return sweep.run(
+            launcher, earlier, expected, shlex.join([*again, f"sweep.dir={configs.in_grammar(str(directory))}"])
+        )
+    finally:
+        lock.close()
 
 
-def preset_grid(composed: DictConfig, asked: Sequence[str]) -> list[str]:
-    """The grid of a preset (experiment=) as overrides, but for the keys that the command line sets itself."""
-    named = {o.lstrip("+").partition("=")[0] for o in asked}
-    grid = composed.sweep.get("grid") or {}
-    return [f"{key}={','.join(map(_grammar, values))}" for key, values in grid.items() if key not in named]
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
 
 
-def _grammar(value: Any) -> str:
-    return _quoted(value) if isinstance(value, str) else str(value)
+def _config_dir(path: str | None) -> list[str]:
+    return ["--config-dir", path] if path else []
+
+
+def _built(composed: DictConfig, group: str) -> Any:
+    """The record that a launcher's or sweeper's config names by _target_; UserError where it does not fit."""
+    values = {str(key): value for key, value in composed.items()}
+    try:
+        schema = get_class(values.pop("_target_"))
+    except (HydraException, ImportError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{group}._target_: {' '.join(str(error).split())}") from None
+    try:
+        return configs.typed(OmegaConf.create(values), schema)
+    except UserError as error:
+        raise UserError(f"{group}.{error}") from None
 
 
 def _check_own_directories(overrides: Sequence[str]) -> None:
     fixed = next((o for o in overrides if o.startswith(("run.dir=", "run.name=", "run.resume="))), None)
     if fixed:
-        raise UserError(
-            f"{fixed}: each point of a sweep has a directory of its own; use sweep.dir=, sweep.name= or sweep.resume="
-        )
+        raise UserError(f"{fixed}: each point of a sweep has a directory of its own; use sweep.dir= or sweep.name=")
 
 
-def check(trials: Sequence[Trial], directory: Path, resume: bool) -> None:
+# --------------------------------------------------------------------------------------------- before anything starts
+
+
+def check(trials: Sequence[Trial], directory: Path, settings: configs.SweepConfig) -> None:
     """UserError where a point cannot start: all are looked at before any does."""
-    from mopo_cli import train
-    from mopo_cli.runs import check_same_settings, claim
-    from mopo_cli.session import settings_of
-
     if not alone():
-        raise UserError("mopo sweep: runs its points in one process; launch `mopo train` for several")
-    for trial in trials:
-        train.check(configs.typed(trial.composed, configs.TrainConfig))
+        raise UserError("mopo sweep: starts its own processes; launch `mopo train` for several on one run")
     if directory.exists() and not directory.is_dir():
         raise UserError(f"sweep.dir={directory}: this is a file, not a directory")
-    used = directory.is_dir() and any(directory.iterdir())
-    if used and not resume:
-        raise UserError(
-            f"sweep.dir={directory}: already in use; choose another sweep.dir or sweep.name, or go on with it by "
-            "sweep.resume=true"
-        )
-    if resume and not used:
-        raise UserError(f"sweep.resume=true, but sweep.dir={directory} holds no sweep to go on with")
+    there = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+    if there - {".lock"} and not there & {"sweep.json", "runs"}:
+        raise UserError(f"sweep.dir={directory}: already in use, and not by a sweep; choose another")
+    if locked(RunDirectory(directory)):
+        raise UserError(f"sweep.dir={directory}: a sweep is going on there now; choose another sweep.dir or sweep.name")
+    check_place(directory)
+    starting = [settings_of(trial) for trial in trials if not _stays(_record(trial), settings.retry)]
+    if starting:
+        apart(check_points, starting)
     for trial in trials:
-        if not resume:
-            claim(trial.run.path, resume=False)
-        elif trial.run.config.exists():
-            check_same_settings(trial.run, settings_of(trial.composed))
-            if trial.run.state() not in ENDED:
-                claim(trial.run.path, resume=True)
+        if trial.run.config.exists() and settings.retry != "all":
+            check_same_settings(trial.run, settings_of(trial))
 
 
-def run_all(trials: Sequence[Trial], directory: Path, resume: bool) -> int:
-    say(f"{len(trials)} runs in {directory}")
-    records = []
-    for number, trial in enumerate(trials, start=1):
-        say(f"\n[{number}/{len(trials)}] {' '.join(trial.point.overrides) or 'defaults'}")
-        records.append(run_point(trial, resume))
-        write_results(directory, records)
-    failed = [record["id"] for record in records if record["state"] == "failed"]
-    say(f"\nresults        {directory / 'results.csv'}")
-    for path in draw(trials, directory):
-        say(f"figure         {path}")
-    if failed:
-        say(f"failed         {', '.join(failed)}")
-    return 1 if failed else 0
-
-
-# --------------------------------------------------------------------------------------------- the grid
-
-
-def expand(overrides: Sequence[str]) -> list[Point]:
-    """The product of all swept overrides, in Hydra's grammar: a=1,2  a=range(1,4)  a=choice(x,y)."""
-    choices = [(_choices(override), override.is_sweep_override()) for override in _parsed(overrides)]
-    points: dict[str, Point] = {}
-    for combination in itertools.product(*(values for values, _ in choices)):
-        varying = [o for o, (_, varies) in zip(combination, choices, strict=True) if varies]
-        point = Point(point_id(varying), tuple(combination), dict(o.split("=", 1) for o in varying))
-        if point.id in points:
-            raise UserError(f"the sweep has the same point twice: {' '.join(varying)}")
-        points[point.id] = point
-    return list(points.values())
-
-
-def _parsed(overrides: Sequence[str]) -> list[Override]:
-    parsed = []
-    for override in overrides:
-        try:
-            parsed += OverridesParser.create().parse_overrides([override])
-        except HydraException as error:
-            raise UserError(f"cannot read the override {override!r}: expected key=value[,value...]") from error
-    return parsed
-
-
-def _choices(override: Override) -> list[str]:
-    """Every override that a swept one stands for, ready to be read by Hydra again; the override itself otherwise."""
-    if not override.is_sweep_override():
-        return [override.input_line or ""]
-    try:
-        values = list(override.sweep_string_iterator())
-    except (HydraException, ValueError, TypeError) as error:
-        raise UserError(f"cannot sweep over {override.input_line!r}: {' '.join(str(error).split())}") from error
-    if not values:
-        raise UserError(f"cannot sweep over {override.input_line!r}: it stands for no value")
-    return [f"{override.get_key_element()}={value}" for value in values]
-
-
-def point_id(varying: Sequence[str]) -> str:
-    """A directory name from what varies: readable, with a hash where it lost a character or would grow too long."""
-    text = ",".join(override.lstrip("+") for override in varying) or "default"
-    name = re.sub(r"[^\w.,=+-]", "_", text)
-    whole = name == text and len(name) <= 100
-    return name if whole else f"{name[:80]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-
-
-def compose_point(point: Point, directory: Path, user_config_dir: str | None) -> Trial:
-    place = directory / "runs" / point.id
-    named = [f"run.name={_quoted(point.id)}", f"run.dir={_quoted(str(place))}"]
-    if not any(o.startswith("logger.group=") for o in point.overrides):
-        named.append(f"logger.group={_quoted(directory.name)}")
-    composed = configs.compose("train", [*point.overrides, *named], user_config_dir)
-    configs.check_train(configs.typed(composed, configs.TrainConfig))
-    return Trial(point, composed, RunDirectory(place))
-
-
-def _quoted(text: str) -> str:
-    """A string in Hydra's grammar."""
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
-
-
-# --------------------------------------------------------------------------------------------- one point
-
-
-def run_point(trial: Trial, resume: bool) -> dict[str, Any]:
-    """Train one point, or go on with it; a failure is recorded and leaves the others alone."""
+def check_points(points: Sequence[dict[str, Any]]) -> None:
+    """What `mopo train` would say of each point before it begins; in a process that has torch."""
     from mopo_cli import train
-    from mopo_cli.processes import build_accelerator
 
-    point, run, composed = trial.point, trial.run, trial.composed
-    record: dict[str, Any] = {"id": point.id, "overrides": point.varying, "state": "failed", "error": None}
-    started = resume and run.config.exists() and run.state()
-    if started in ENDED:
-        say(f"{started} already")
-        return record | {"state": started} | numbers(run.results())
-    composed.run.resume = bool(started)
-    config: configs.TrainConfig = configs.typed(composed, configs.TrainConfig)
-    try:
-        record["state"] = train.train(config, composed, run, build_accelerator()).state
-    except Exception as error:
-        record["error"] = f"{type(error).__name__}: {error}"
-        if not run.status.exists():  # its data or model could not be loaded, so it never began
-            run.path.mkdir(parents=True, exist_ok=True)
-            run.set_state("failed", error=record["error"])
-        say(f"failed: {record['error']}")
-        if config.debug:
+    for settings in points:
+        train.check(configs.typed(OmegaConf.create(settings), configs.TrainConfig))
+
+
+def _record(trial: Trial) -> Record:
+    return record_of(trial.point.id, trial.point.varying, trial.run)
+
+
+# --------------------------------------------------------------------------------------------- while it runs
+
+
+class Sweep:
+    """A sweep while it runs: where its points come from, which are going on, and what became of the others."""
+
+    def __init__(
+        self, directory: Path, retry: str, points: Points, trials: dict[str, Trial], user_config_dir: str | None
+    ):
+        self.directory, self.retry, self.points, self.trials = directory, retry, points, trials
+        self.user_config_dir = user_config_dir
+        self.board = Board(directory.name, points.total)
+        self.going: dict[str, Trial] = {}
+        self.elsewhere: dict[str, Trial] = {}  # held by a process that an earlier sweep, or a user, has started
+        self.others: list[Record] = []  # runs of earlier sweeps in this directory that are not asked for now
+        self.stopping = False
+
+    def run(
+        self, launcher: Any, earlier: Sequence[tuple[str, dict[str, str]]], expected: Estimate | None, again: str
+    ) -> int:
+        """Run everything and tell how it went; `again` is the command that goes on."""
+        if self.points.fixed:
+            for trial in self.trials.values():
+                self._add(trial)
+        mine = {*self.board.lines, *(point.id for point in self.points.known())}
+        self.others = [
+            record_of(name, overrides, RunDirectory(self.directory / "runs" / name))
+            for name, overrides in earlier
+            if name not in mine and self.points.fixed
+        ]
+        old = signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            self.pool: Pool = launcher.open(self.directory, self.points.total)
+            self.slots = self.pool.slots or (self.points.total if self.points.fixed else SEARCHED)
+            self.board.slots, self.board.expected = self.slots, expected.each if expected else None
+            say(f"{self.points.total} runs in {self.directory}, {self.pool.description}")
+            self._write("running")
+            self._guarded(again)
+        finally:
+            signal.signal(signal.SIGTERM, old)
+        return self._finish(again)
+
+    def _guarded(self, again: str) -> None:
+        """Whatever breaks the sweep off, its runs are stopped and their states written."""
+        try:
+            with self.board.shown():
+                try:
+                    self._drive()
+                except BaseException:
+                    self._break_off()
+                    raise
+        except KeyboardInterrupt:
+            self._write("interrupted")
+            show_results(self._records())
+            say(f"interrupted; go on with: {again}")
             raise
-    finally:
-        gc.collect()
-    return record | (numbers(run.results()) if record["state"] in ENDED else {})
+        finally:
+            self.pool.stop()
+
+    def _drive(self) -> None:
+        while True:
+            for name, how in self.pool.ended().items():
+                self._end(self.going.pop(name), how)
+            for name in [name for name, trial in self.elsewhere.items() if not locked(trial.run)]:
+                if self._room():
+                    self._begin(self.elsewhere.pop(name))
+            while self._room() and (point := self.points.next()) is not None:
+                self._begin(self._trial(point))
+            if not self.going and not self.elsewhere:
+                return
+            self.board.refresh()
+            self.pool.wait(POLL)
+
+    def _room(self) -> bool:
+        return len(self.going) < self.slots
+
+    def _trial(self, point: Point) -> Trial:
+        if point.id not in self.trials:
+            self.trials[point.id] = compose_point(point, self.directory, self.user_config_dir)
+        trial = self.trials[point.id]
+        if trial.point.id not in self.board.lines:
+            self._add(trial)
+        return trial
+
+    def _add(self, trial: Trial) -> None:
+        self.board.lines[trial.point.id] = Line(_record(trial), trial.run)
+
+    def _begin(self, trial: Trial) -> None:
+        """Start a run, or take it as it is where it has ended, or wait for it where another process has it."""
+        name, record = trial.point.id, _record(trial)
+        held = self.pool.holds(name)
+        if not held and _stays(record, self.retry):
+            self._took(trial, record, seen=False)
+        elif not held and locked(trial.run):
+            self.elsewhere[name] = trial
+            self.board.elsewhere(name)
+        else:
+            if self.retry == "all" and not held:
+                forget(trial.run)
+            self.board.begin(name)
+            self._start(trial)
+
+    def _start(self, trial: Trial) -> None:
+        task = Task(trial.point.id, settings_of(trial), str(trial.run.path), os.getcwd(), trial.point.overrides)
+        self.going[trial.point.id] = trial
+        self._write("running")
+        try:
+            self.pool.start(task)
+        except UserError as error:
+            del self.going[trial.point.id]
+            self._end(trial, str(error))
+
+    def _end(self, trial: Trial, how: str) -> None:
+        """A run's process has gone; `how` says what ended it where that came from outside."""
+        run = trial.run
+        if locked(run):
+            self.elsewhere[trial.point.id] = trial
+            return
+        if not run.status.exists() or run.state() == "running":  # it had no time to say
+            run.path.mkdir(parents=True, exist_ok=True)
+            error = how or f"its process ended without a word; see {log_of(run)}"
+            run.set_state(*("interrupted", None, None) if self.stopping else ("failed", None, error))
+        self._took(trial, _record(trial), seen=True)
+
+    def _took(self, trial: Trial, record: Record, seen: bool) -> None:
+        self.board.end(record, seen)
+        self.points.tell(trial.point, record)
+        self._write("running")
+
+    def _break_off(self) -> None:
+        self.stopping = True
+        self.board.refresh("stopping the runs")
+        if not self.board.live:
+            say("stopping the runs")
+        self.pool.stop()
+        for trial in self.going.values():
+            self._end(trial, "")
+
+    def _records(self) -> list[Record]:
+        return with_every_key([line.record for line in self.board.lines.values()] + self.others, self.directory)
+
+    def _write(self, state: str) -> None:
+        write_results(self.directory, self._records(), state)
+
+    def _finish(self, again: str) -> int:
+        records = self._records()
+        failed = [line for line in self.board.lines.values() if line.record.state not in ENDED]
+        self._write("failed" if failed else "done")
+        ended = [(r.overrides, self.directory / "runs" / r.id) for r in records if r.state in ENDED]
+        figures = apart(draw, ended, self.directory) if ended and self.board.count else []
+        upload = self._publish(figures, again) if self.board.count else None
+        show_results(records)
+        say(f"results        {self.directory / 'results.csv'}")
+        for path in figures:
+            say(f"figure         {path}")
+        if failed:
+            say(f"log            {self.directory / 'runs' / '*' / 'log.txt'}")
+            say(f"{len(failed)} of {self.points.total} runs have not ended well; go on with: {again}")
+        if upload:
+            say(f"upload to Weights & Biases: {upload}")
+        return 1 if failed else 0
+
+    def _publish(self, figures: Sequence[Path], again: str) -> str | None:
+        """The sweep's own run on W&B; the command that uploads everything that was logged offline."""
+        first = next(iter(self.trials.values()))
+        logger: configs.LoggerConfig = configs.typed(first.composed, configs.TrainConfig).logger
+        if logger.name != "wandb":
+            return None
+        logger.tags = []
+        sync = apart(publish, self.directory, logger, self._records(), again, figures)
+        return sync and f"wandb sync {self.directory}/runs/*/wandb/offline-run-* {self.directory}/wandb/offline-run-*"
 
 
-def numbers(summary: dict[str, Any]) -> dict[str, Any]:
-    """The columns of results.csv that come from a run's summary."""
-    row: dict[str, Any] = {}
-    for name, objective in summary["objectives"].items():
-        row[f"win_rate/{name}"] = objective["win_rate"]
-        row[f"estimated/{name}"] = objective["estimated_win_rate"]
-        row[f"threshold/{name}"] = objective["threshold"]
-        row[f"satisfied/{name}"] = objective["satisfied"]
-    row |= {f"dual/{name}": value for name, value in summary["duals"].items()}
-    oracle = summary.get("oracle")
-    if oracle:
-        row |= {f"exact/{name}": value for name, value in oracle["win_rate"].items()}
-        row |= {f"optimum/{name}": value for name, value in oracle["optimum"].items()}
-        row["gap"] = oracle["gap"]
-    row["kl"], row["seconds"] = summary["kl"], summary["train"]["wall_seconds"]
-    return row | {"warnings": len(summary["warnings"])}
+def _stays(record: Record, retry: str) -> bool:
+    """Whether a run is left as it is."""
+    return retry != "all" and (record.state in ENDED or (record.state == "failed" and retry == "none"))
 
 
-def draw(trials: Sequence[Trial], directory: Path) -> list[Path]:
-    """Figures of the runs that ended."""
-    from mopo_cli.figures import draw_sweep
-
-    ended = [swept(trial) for trial in trials if trial.run.summary.exists()]
-    alike = [run for run in ended if list(run.win_rate) == list(ended[0].win_rate)]  # other objectives, other axes
-    return draw_sweep(alike, directory / "figures") if alike else []
-
-
-def swept(trial: Trial) -> Swept:
-    """What a figure needs to know of a finished run."""
-    from mopo_cli.figures import Swept
-
-    summary = trial.run.results()
-    objectives, oracle = summary["objectives"], summary.get("oracle")
-    names = sorted(objectives, key=lambda name: objectives[name]["role"] != "primary")
-    exact = oracle["win_rate"] if oracle else None
-    return Swept(
-        trial.point.varying,
-        trial.run.state() or "done",
-        {name: (exact or {}).get(name, objectives[name]["win_rate"]) for name in names},
-        {} if exact else {name: tuple(objectives[name]["win_rate_ci95"]) for name in names},
-        {n: objectives[n]["threshold"] for n in names if objectives[n]["threshold"] is not None},
-        oracle["optimum"] if oracle else None,
-        summary["kl"],
-        read_lines(trial.run.metrics),
-    )
-
-
-def write_results(directory: Path, records: Sequence[dict[str, Any]]) -> None:
-    """results.csv and sweep.json, whole after each run."""
-    rows = [{"id": r["id"], **r["overrides"], **_without(r, "id", "overrides")} for r in records]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    directory.mkdir(parents=True, exist_ok=True)
-    write_atomic(directory / "results.csv", text.getvalue())
-    write_json(directory / "sweep.json", {"runs": list(records)})
-
-
-def _without(record: dict[str, Any], *keys: str) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key not in keys}
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt

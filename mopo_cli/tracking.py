@@ -67,12 +67,13 @@ class Tracker:
         name: str,
         resumed: bool = False,
         active: bool = True,
+        kind: str = "train",  # or "sweep": the summary of one, which has no steps
     ):
         self.history: list[dict[str, Any]] = []
         self.path = run.metrics
-        self.file = open(self.path, "a", encoding="utf-8") if active else None  # noqa: SIM115 (closed in `finish`)
+        self.file = open(self.path, "a", encoding="utf-8") if active and kind == "train" else None  # noqa: SIM115 (closed in `finish`)
         wanted = active and logger.name == "wandb"
-        self.wandb = _start_wandb(run, logger, config, name, resumed) if wanted else None
+        self.wandb = _start_wandb(run, logger, config, name, resumed, kind) if wanted else None
 
     def rewind(self, step: int) -> None:
         """Forget lines after `step`, which a run that goes on from there writes again, and a line that was cut off.
@@ -139,7 +140,9 @@ class Tracker:
         return f"wandb sync {directory}" if upload else None
 
 
-def _start_wandb(run: RunDirectory, logger: LoggerConfig, config: dict[str, Any], name: str, resumed: bool) -> Any:
+def _start_wandb(
+    run: RunDirectory, logger: LoggerConfig, config: dict[str, Any], name: str, resumed: bool, kind: str
+) -> Any:
     mode = wandb_mode(logger)
     if mode == "disabled":
         return None
@@ -156,6 +159,7 @@ def _start_wandb(run: RunDirectory, logger: LoggerConfig, config: dict[str, Any]
         "group": logger.group,
         "tags": [*logger.tags, *(["resumed"] if resumed else [])],
         "name": name,
+        "job_type": kind,
         "dir": str(run.path),
         "config": printable(config),
         "settings": settings,

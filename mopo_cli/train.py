@@ -196,6 +196,8 @@ def align(
                 alignment.save(run.checkpoints, step)
                 if accelerator.is_main_process:
                     run.set_state("running", step=step)
+            if step == config.debug.fail_at_step:
+                raise RuntimeError(f"debug.fail_at_step={step}: this run was asked to fail here")
             return last
 
         def before_step(step: int) -> None:

@@ -46,6 +46,23 @@ def train() -> tuple[float, float, dict]:
         return wall, peak, json.loads((directory / "summary.json").read_text())
 
 
+def sweep() -> tuple[float, float, float]:
+    """Wall time of a sweep of twelve smoke runs, the sum of its training times, and the wall time of one run alone."""
+    mopo = str(Path(sys.executable).parent / "mopo")
+    with tempfile.TemporaryDirectory() as folder:
+
+        def timed(*arguments: str) -> float:
+            started = time.perf_counter()
+            command = [mopo, *arguments, "hparams=smoke", "logger=none"]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=folder)
+            return time.perf_counter() - started
+
+        alone = timed("train", "cache=null")
+        wall = timed("sweep", "beta=0.9,0.95,0.99,1.0", "tau=0.06,0.08,0.1", "sweep.name=s")
+        told = json.loads((Path(folder) / "outputs" / "sweep" / "s" / "sweep.json").read_text())
+        return wall, sum(record["seconds"] for record in told["runs"]), alone
+
+
 def synthetic() -> float:
     """Wall time of the whole benchmark."""
     with tempfile.TemporaryDirectory() as folder:
@@ -106,10 +123,13 @@ def main() -> int:
         ),
     ]
     step = part["alignment_seconds"] / part["steps"]
+    wall_of_sweep, trained, alone = sweep()
     once, twice, wide = oracle(10_000, 4), oracle(20_000, 4), oracle(10_000, 8)
     lines += [
         Line("  dual update / step", 100 * dual_update() / step, 1, "%"),
         Line("mopo synthetic", synthetic(), 60, "s"),
+        Line("mopo sweep of 12 smoke runs / their training times", wall_of_sweep / trained, 1.15, "x"),
+        Line("  / 12 x mopo train hparams=smoke", wall_of_sweep / (12 * alone), 0.5, "x"),
         Line("exact dual, 10 000 prompts, 8 responses, K = 4", once, 0.5, "s"),
         Line("  20 000 prompts / 10 000", twice / once, 2.2, "x"),
         Line("  K = 8 / K = 4", wide / once, 2.2, "x"),

@@ -67,11 +67,9 @@ def _heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def stop_when(
-    ready: Callable[[], bool], with_signal: signal.Signals, *arguments: str, cwd: Path, **changes: str
-) -> Finished:
-    """`mopo ...`, sent a signal as soon as `ready()`; its status is the negative signal where that killed it."""
-    process = subprocess.Popen(
+def start(*arguments: str, cwd: Path, **changes: str) -> subprocess.Popen[str]:
+    """`mopo ...` going on in a process of its own."""
+    return subprocess.Popen(
         command(*arguments),
         cwd=cwd,
         env=environment(**changes),
@@ -80,15 +78,39 @@ def stop_when(
         text=True,
         preexec_fn=_heed_interrupts,
     )
+
+
+def wait_for(ready: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Until `ready()`; the process must not end before."""
+    while not ready():
+        assert process.poll() is None, f"ended too early: {process.communicate()}"
+        time.sleep(0.002)
+
+
+def stop_when(
+    ready: Callable[[], bool], with_signal: signal.Signals, *arguments: str, cwd: Path, **changes: str
+) -> Finished:
+    """`mopo ...`, sent a signal as soon as `ready()`; its status is the negative signal where that killed it."""
+    process = start(*arguments, cwd=cwd, **changes)
     try:
-        while not ready():
-            assert process.poll() is None, f"ended before the signal: {process.communicate()}"
-            time.sleep(0.002)
+        wait_for(ready, process)
         process.send_signal(with_signal)
         out, err = process.communicate(timeout=TIMEOUT)
     finally:
         process.kill()
     return Finished(process.returncode, out, err)
+
+
+def owner(lock: Path) -> int:
+    """The id of the process that holds a lock file open."""
+    wanted = str(lock.resolve())
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if os.readlink(link) == wanted:
+                return int(link.parts[2])
+        except OSError:  # it has closed it meanwhile
+            continue
+    raise AssertionError(f"nobody has {lock} open")
 
 
 def read_json(path: Path) -> Any:

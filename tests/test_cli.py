@@ -138,7 +138,7 @@ class TestRefusedArguments:
             (["train", "--cfg"], "--cfg : allowed is --cfg job"),
             (["train", "--config-dir"], "--config-dir needs a directory"),
             (["train", "--config-dir=nowhere"], "--config-dir nowhere: no such directory"),
-            (["eval", "-m", "run=a,b"], "-m: `mopo eval` runs once; use `mopo sweep -m`"),
+            (["eval", "-m", "run=a,b"], "-m: `mopo eval` runs once; use `mopo sweep`"),
             (["train", "tau"], "cannot read the override 'tau': expected key=value"),
         ],
     )

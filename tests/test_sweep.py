@@ -1,23 +1,29 @@
-"""`mopo sweep`: the grid, its ids, and what becomes of points that fail, are wrong, or break off."""
+"""`mopo sweep`: the grid, its ids, and what becomes of points that fail, are killed, are wrong, or break off."""
 
 from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shlex
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
-from signal import SIGINT
+from signal import SIGINT, SIGKILL
 from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
-from running import TINY, Finished, read_json, results, stop_when
+from running import TIMEOUT, TINY, Finished, owner, read_json, results, start, stop_when, wait_for
 
 from mopo_cli.config import compose
 from mopo_cli.errors import UserError
-from mopo_cli.sweep import compose_point, expand, point_id, preset_grid
+from mopo_cli.grid import compose_point, expand, identity, point_id, preset_grid, settings_of
+from mopo_cli.runs import RunDirectory, open_run
+from mopo_cli.sweep_results import Record, best, front
+from mopo_cli.sweep_view import Board, Line, short_names
 
 Run = Callable[..., Finished]
 
@@ -129,6 +135,115 @@ class TestGrid:
         assert str(caught.value).startswith(told)
 
 
+class TestZip:
+    def test_values_go_together_and_multiply_the_rest(self):
+        points = expand(["tau=0.1,0.5", "seed=0,1,2", "beta=0.9,0.99"], ["tau", "beta"])
+        assert [tuple(point.varying.values()) for point in points] == [
+            ("0.1", "0", "0.9"),
+            ("0.1", "1", "0.9"),
+            ("0.1", "2", "0.9"),
+            ("0.5", "0", "0.99"),
+            ("0.5", "1", "0.99"),
+            ("0.5", "2", "0.99"),
+        ]
+
+    def test_a_value_may_come_again(self):
+        points = expand(["tau=0.1,0.1,0.5", "beta=0.9,0.99,0.9"], ["tau", "beta"])
+        assert [point.id for point in points] == ["tau=0.1,beta=0.9", "tau=0.1,beta=0.99", "tau=0.5,beta=0.9"]
+
+    @pytest.mark.parametrize(
+        ("overrides", "told"),
+        [
+            (["tau=0.1,0.5", "beta=0.9"], "sweep.zip=[tau,beta]: beta is not swept; give it several values"),
+            (["tau=0.1,0.5"], "sweep.zip=[tau,beta]: beta is not swept"),
+            (["tau=0.1,0.5", "beta=0.9,0.95,0.99"], "as many values as the others; found tau 2, beta 3"),
+        ],
+    )
+    def test_what_does_not_fit(self, overrides: list[str], told: str):
+        with pytest.raises(UserError) as caught:
+            expand(overrides, ["tau", "beta"])
+        assert told in str(caught.value)
+
+
+class TestSamePoint:
+    def of(self, tmp_path: Path, *overrides: str) -> str:
+        return identity(settings_of(compose_point(expand(overrides)[0], tmp_path, None)))
+
+    def test_however_it_is_written(self, tmp_path: Path):
+        assert self.of(tmp_path, "tau=0.5,1") == self.of(tmp_path, "tau=0.50", "logger=none", "beta=0.9995,0.9")
+        assert self.of(tmp_path, "tau=1,2") == self.of(tmp_path, "tau=1.0,3")
+
+    @pytest.mark.parametrize(
+        "other", ["tau=0.6", "evaluation.prompts=9", "seed=1", "objectives.harmless.threshold=null"]
+    )
+    def test_other_points(self, tmp_path: Path, other: str):
+        assert self.of(tmp_path, "tau=0.5") != self.of(tmp_path, "tau=0.5", other)
+
+    def test_a_point_tells_wandb_and_its_config_where_it_belongs(self, tmp_path: Path):
+        point = expand(["tau=0.1,0.5", "logger.tags=[mine]", f"model.chat_template={'x' * 80},y"])[0]
+        composed = compose_point(point, tmp_path / "s", None).composed
+        assert composed.sweep.overrides.tau == "0.1"
+        assert (composed.sweep.name, composed.logger.group) == ("s", "s")
+        assert list(composed.logger.tags) == [
+            "mine",
+            "tau=0.1",
+            f"model.chat_template={'x' * 44}",
+        ]  # W&B takes 64 characters
+
+
+def ended(name: str, helpful: float, harmless: float, kept: bool = True, exact: float | None = None) -> Record:
+    numbers = {"win_rate/helpful": helpful, "win_rate/harmless": harmless, "satisfied/harmless": kept}
+    numbers |= {} if exact is None else {"exact/helpful": exact}
+    return Record(name, {}, "done", None, 1.0, numbers, {"helpful": "primary", "harmless": "secondary"})
+
+
+class TestBest:
+    def test_the_highest_primary_among_those_that_keep_every_threshold(self):
+        runs = [ended("a", 0.5, 0.6), ended("b", 0.6, 0.6), ended("c", 0.9, 0.4, kept=False), Record("d", {}, "failed")]
+        found, reason = best(runs)
+        assert found is not None
+        assert (found.id, reason) == ("b", None)
+
+    def test_exact_numbers_decide_where_they_are_known(self):
+        runs = [ended("a", 0.9, 0.6, exact=0.5), ended("b", 0.6, 0.6, exact=0.55)]
+        found, _ = best(runs)
+        assert found is not None
+        assert found.id == "b"
+
+    def test_none_and_why(self):
+        assert best([]) == (None, "no run has ended")
+        assert best([ended("a", 0.9, 0.4, kept=False)]) == (None, "none of the 1 runs that ended keeps every threshold")
+
+    def test_the_front(self):
+        runs = [ended("a", 0.5, 0.6), ended("b", 0.6, 0.5), ended("c", 0.5, 0.5), Record("d", {}, "failed")]
+        assert [record.id for record in front(runs)] == ["a", "b"]
+
+
+class TestBoard:
+    def board(self, tmp_path: Path, states: list[str]) -> Board:
+        board = Board("s", len(states), slots=2)
+        for number, state in enumerate(states):
+            board.lines[str(number)] = Line(Record(str(number), {}, state), RunDirectory(tmp_path))
+        return board
+
+    def test_eta_shares_what_is_left_among_the_slots(self, tmp_path: Path):
+        board = self.board(tmp_path, ["done", "waiting", "waiting", "waiting", "waiting"])
+        assert board.eta() is None
+        board.took = [10.0, 20.0]
+        assert board.eta() == 30.0
+        assert self.board(tmp_path, ["done"]).each() is None
+
+    def test_what_runs_or_failed_is_shown_when_there_is_no_room_for_all(self, tmp_path: Path):
+        board = self.board(tmp_path, ["done"] * 10 + ["failed", "running"] + ["waiting"] * 30)
+        shown = [line.record.state for line in board._fitting(6)]
+        assert len(shown) == 5
+        assert shown.count("running") == shown.count("failed") == 1
+
+    def test_short_names(self):
+        assert short_names(["tau", "objectives.harmless.threshold"]) == ["tau", "threshold"]
+        assert short_names(["a.steps", "b.steps", "tau"]) == ["a.steps", "b.steps", "tau"]
+
+
 class TestRefused:
     @pytest.mark.parametrize(
         ("overrides", "told"),
@@ -139,8 +254,14 @@ class TestRefused:
             (["algorithm.extraction=regression,foo"], "algorithm.extraction=foo: must be regression or bc"),
             (["objectives=assistant,assistant_par"], "objectives=assistant_par: no such option"),
             (["tau=0.1,0.2", "run.dir=here"], "run.dir=here: each point of a sweep has a directory of its own"),
-            (["tau=0.1,0.2", "sweep.resume=true"], "sweep.resume=true, but sweep.dir=outputs/sweep/s holds no sweep"),
-            (["tau=0.1,0.2", "sweep.resume=perhaps"], "resume"),
+            (["tau=0.1,0.2", "sweep.retry=perhaps"], "sweep.retry=perhaps: must be failed, none or all"),
+            (["tau=0.1,0.2", "sweep.resume=true"], "sweep.resume: no such key"),
+            (["tau=interval(0.1,1)"], "cannot sweep over 'tau=interval(0.1,1)': an interval needs sweeper=optuna"),
+            (["tau=0.1,0.2", "debug.fail_at_step=0"], "debug.fail_at_step=0: must be 1 or more, or null"),
+            (["tau=0.1,0.2", "launcher=parallel", "launcher.jobs=0"], "launcher.jobs=0: must be 1 or more"),
+            (["tau=0.1,0.2", "launcher=parallel", "launcher.jobs=few"], "launcher.jobs: "),
+            (["tau=0.1,0.2", "launcher=paralel"], "launcher=paralel: no such option (did you mean parallel?)"),
+            (["tau=0.1,0.2", "launcher.jobs=2"], "launcher.jobs: no such key"),
             (["logger=wandb", "logger.mode=auto,foo"], "logger.mode=foo: must be auto, online"),
         ],
     )
@@ -151,18 +272,24 @@ class TestRefused:
         assert done.err.count("\n") == 1
         assert list(here.iterdir()) == []
 
-    def test_a_used_directory(self, run_here: Run, here: Path):
+    def test_a_directory_with_other_things(self, run_here: Run, here: Path):
         (here / "s").mkdir()
         (here / "s" / "notes").touch()
-        done = run_here("sweep", "-m", *TINY, "tau=0.1,0.2", "sweep.dir=s")
+        done = run_here("sweep", *TINY, "tau=0.1,0.2", "sweep.dir=s")
         assert (done.status, done.out) == (2, "")
-        assert "sweep.dir=s: already in use; choose another sweep.dir or sweep.name" in done.err
+        assert "sweep.dir=s: already in use, and not by a sweep; choose another" in done.err
+        assert run_here("sweep", *TINY, "tau=0.1,0.2", "sweep.dir=s/notes").status == 2
+
+    def test_a_list_of_runs_that_is_none(self, run_here: Run, here: Path):
+        (here / "s").mkdir()
+        (here / "s" / "sweep.json").write_text("[]")
+        assert "is not the list of a sweep's runs" in run_here("sweep", *TINY, "tau=0.1,0.2", "sweep.dir=s").err
 
     def test_several_processes(self, run_here: Run, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv("WORLD_SIZE", "2")
         done = run_here("sweep", "-m", *TINY, "tau=0.1,0.2")
         assert done.status == 2
-        assert "runs its points in one process" in done.err
+        assert "launch `mopo train` for several on one run" in done.err
 
 
 def row(number: int) -> dict[str, Any]:
@@ -175,6 +302,15 @@ def table(directory: Path) -> list[dict[str, Any]]:
         return list(csv.DictReader(file))
 
 
+def deterministic(directory: Path) -> str:
+    return (directory / "results.csv").read_text()
+
+
+FAST = (*TINY, "steps=4", "checkpoint_every=1", "onpolicy.every=2", "onpolicy.prompts=8", "onpolicy.train_prompts=8",
+        "sft.steps=2", "preference_model.steps=2", "preference_model.evaluate_every=1", "dataset.max_rows=120",
+        "evaluation.prompts=8", "evaluation.exact_prompts=4")  # fmt: skip
+
+
 @pytest.mark.slow
 class TestRunning:
     def test_two_points(self, run_here: Run, here: Path, smoke: Path):
@@ -182,51 +318,138 @@ class TestRunning:
         assert done.status == 0, done.err
         directory = here / "outputs" / "sweep" / "s"
         assert results(directory / "runs" / "seed=0") == results(smoke)  # a point is a run like any other
-        rows, records = table(directory), read_json(directory / "sweep.json")["runs"]
-        assert [row["id"] for row in rows] == [record["id"] for record in records] == ["seed=0", "seed=1"]
-        for row, record in zip(rows, records, strict=True):
+        rows, told = table(directory), read_json(directory / "sweep.json")
+        assert [row["id"] for row in rows] == [record["id"] for record in told["runs"]] == ["seed=0", "seed=1"]
+        for row, record in zip(rows, told["runs"], strict=True):
             summary = read_json(directory / "runs" / record["id"] / "summary.json")
             assert record["overrides"] == {"seed": row["seed"]}
             assert record["state"] == row["state"] == "done"
+            assert record["seconds"] == summary["train"]["wall_seconds"]
+            assert "seconds" not in row
             for name in ("helpful", "harmless", "concise"):
                 assert float(row[f"win_rate/{name}"]) == summary["objectives"][name]["win_rate"]
                 assert record[f"exact/{name}"] == summary["oracle"]["win_rate"][name]
             assert float(row["dual/harmless"]) == summary["duals"]["harmless"]
             assert row["satisfied/harmless"] in ("True", "False")
+        assert told["state"] == "done"
+        assert (told["best"] is None) == isinstance(told["no_best"], str)
         assert OmegaConf.load(directory / "runs" / "seed=1" / "config.yaml").logger.group == "s"
 
-    def test_a_point_that_fails_leaves_the_others_and_can_be_repaired(self, run_here: Run, here: Path):
+        csv_before, first = deterministic(directory), (directory / "runs" / "seed=0" / "summary.json").read_bytes()
+        again = run_here(
+            "sweep", *TINY, "beta=0.9995", "seed=0,1", "tau=0.08,0.09", "sweep.name=s", "sweep.dry_run=true"
+        )
+        assert re.findall(r"^(seed=\S+) +(\S+) +(\S+)", again.out, re.MULTILINE) == [
+            ("seed=0", "done", "stays"),  # with the default tau it is the point of before
+            ("seed=0,tau=0.09", "–", "starts"),
+            ("seed=1", "done", "stays"),
+            ("seed=1,tau=0.09", "–", "starts"),
+        ]
+        assert "going by" in again.out
+        assert run_here("sweep", *TINY, "seed=0,1", "sweep.name=s").out.count("done already") == 2
+        assert (directory / "runs" / "seed=0" / "summary.json").read_bytes() == first
+        assert deterministic(directory) == csv_before
+        other = run_here("sweep", *TINY, "seed=0,1", "sweep.name=s", "batch_size=4")
+        assert other.status == 2
+        assert "was started with 8" in other.err
+
+    def test_a_point_that_fails_leaves_eleven(self, run_here: Run, here: Path):
+        fails = ",".join(["null"] * 5 + ["3"] + ["null"] * 6)
+        points = ("seed=range(0,12)", f"debug.fail_at_step={fails}", "sweep.zip=[seed,debug.fail_at_step]")
+        done = run_here("sweep", *FAST, *points, "sweep.name=s", "launcher=parallel", "launcher.jobs=2")
+        assert done.status == 1, done.err
+        directory = here / "outputs" / "sweep" / "s"
+        told = read_json(directory / "sweep.json")
+        states = [record["state"] for record in told["runs"]]
+        assert (states.count("failed"), len([s for s in states if s in ("done", "infeasible")])) == (1, 11)
+        failed = told["runs"][5]
+        assert failed["error"] == "RuntimeError: debug.fail_at_step=3: this run was asked to fail here"
+        assert read_json(directory / "runs" / failed["id"] / "status.json")["error"] == failed["error"]
+        assert "Traceback" in (directory / "runs" / failed["id"] / "log.txt").read_text()
+        assert "Traceback" not in done.out + done.err
+        assert len(table(directory)) == 12
+        assert f"failed         {failed['id']}: RuntimeError" in done.out
+
+        kept = run_here("sweep", *FAST, *points, "sweep.name=s", "sweep.retry=none")
+        assert kept.status == 1
+        assert "started" not in kept.out
+        again = run_here("sweep", *FAST, "seed=5", "sweep.name=s")  # it is the same run without what made it fail
+        assert again.status == 0, again.err
+        assert [record["state"] for record in read_json(directory / "sweep.json")["runs"]].count("failed") == 0
+
+    def test_data_that_are_missing_can_be_given_later(self, run_here: Run, here: Path):
         rows = "".join(json.dumps(row(i)) + "\n" for i in range(40))
         (here / "there.jsonl").write_text(rows)
         data = ("dataset=pairs", "objectives=helpful_harmless", "dataset.max_rows=null")
-        sweep = ("sweep", "-m", *TINY, *data, "dataset.path=gone.jsonl,there.jsonl", "sweep.dir=s")
+        sweep = ("sweep", *FAST, *data, "dataset.path=gone.jsonl,there.jsonl", "sweep.dir=s")
         done = run_here(*sweep)
         assert done.status == 1, done.err
-        failed, ended = read_json(here / "s" / "sweep.json")["runs"]
-        assert (failed["state"], ended["state"]) == ("failed", "done")
+        failed = read_json(here / "s" / "sweep.json")["runs"][0]
+        assert failed["state"] == "failed"
         assert failed["error"].startswith("UserError: gone.jsonl: no such file or directory")
-        assert read_json(here / "s" / "runs" / failed["id"] / "status.json")["error"] == failed["error"]
-        assert [line["state"] for line in table(here / "s")] == ["failed", "done"]
-        assert f"failed         {failed['id']}" in done.out
-        assert "Traceback" not in done.out + done.err
-
         (here / "gone.jsonl").write_text(rows)
-        assert run_here(*sweep, "sweep.resume=true").status == 0
-        assert [line["state"] for line in table(here / "s")] == ["done", "done"]
+        assert run_here(*sweep).status == 0
+        assert {line["state"] for line in table(here / "s")} <= {"done", "infeasible"}
 
-    def test_one_that_broke_off_goes_on(self, run_here: Run, here: Path, smoke: Path):
-        directory = here / "outputs" / "sweep" / "s"
-        second = directory / "runs" / "seed=0"
-        arguments = ("sweep", "-m", *TINY, "seed=1,0", "sweep.name=s")
-        stopped = stop_when(lambda: any(second.glob("checkpoints/step-*")), SIGINT, *arguments, cwd=here)
-        assert stopped.status == 130
-        assert read_json(second / "status.json")["state"] == "interrupted"
-        line = re.search(r"^interrupted; go on with: mopo (sweep .* sweep\.resume=true)$", stopped.out, re.MULTILINE)
-        assert line, stopped.out
-        first = (directory / "runs" / "seed=1" / "summary.json").read_bytes()
-        done = run_here(*shlex.split(line.group(1)))
+    def test_killed_at_three_moments_it_ends_as_if_undisturbed(self, run_here: Run, here: Path):
+        points = ("seed=0,1,2", "steps=8")
+        assert run_here("sweep", *FAST, *points, "sweep.name=whole").status == 0
+        whole = here / "outputs" / "sweep" / "whole"
+        arguments = ("sweep", *FAST, *points, "sweep.dir=s")
+        moments = [
+            lambda: (here / "s" / "runs" / "seed=0" / "log.txt").exists(),
+            lambda: any((here / "s" / "runs" / "seed=1" / "checkpoints").glob("step-*")),
+            lambda: (here / "s" / "runs" / "seed=2" / "samples.jsonl").exists(),
+        ]
+        for ready in moments:
+            assert stop_when(ready, SIGKILL, *arguments, cwd=here).status == -SIGKILL
+        done = run_here(*arguments)
         assert done.status == 0, done.err
-        assert "done already" in done.out
-        assert (directory / "runs" / "seed=1" / "summary.json").read_bytes() == first
-        assert results(second) == results(smoke)
-        assert [row["state"] for row in table(directory)] == ["done", "done"]
+        assert deterministic(here / "s") == deterministic(whole)
+        for seed in (0, 1, 2):
+            assert results(here / "s" / "runs" / f"seed={seed}") == results(whole / "runs" / f"seed={seed}")
+
+    def test_a_run_that_is_killed_leaves_the_sweep(self, here: Path):
+        """As the kernel does where memory runs out."""
+        directory = here / "s"
+        easy = ("objectives.harmless.threshold=0.1", "objectives.concise.threshold=0.1", "steps=500")
+        process = start("sweep", *FAST, *easy, "seed=0,1", "sweep.dir=s", cwd=here)
+        try:
+            wait_for(lambda: any((directory / "runs" / "seed=0" / "checkpoints").glob("step-*")), process)
+            os.kill(owner(directory / "runs" / "seed=0" / ".lock"), SIGKILL)
+            wait_for(lambda: (directory / "runs" / "seed=1" / "status.json").exists(), process)
+            process.send_signal(SIGINT)
+            out, _ = process.communicate(timeout=TIMEOUT)
+        finally:
+            process.kill()
+        assert process.returncode == 130
+        first, second = read_json(directory / "sweep.json")["runs"]
+        assert (first["state"], first["error"]) == ("failed", "killed by signal 9 (out of memory?)")
+        assert second["state"] == "interrupted"
+        assert read_json(directory / "runs" / "seed=1" / "status.json")["state"] == "interrupted"
+        line = re.search(r"^interrupted; go on with: mopo (sweep .* sweep\.dir=s)$", out, re.MULTILINE)
+        assert line, out
+        assert shlex.split(line.group(1))[1:-1] == [*FAST, *easy, "seed=0,1"]
+
+    def test_a_run_that_another_process_has_is_not_started_twice(self, run_here: Run, here: Path):
+        run = RunDirectory(here / "s" / "runs" / "seed=0")
+        lock = open_run(run)
+        run.set_state("running")
+
+        def let_go() -> None:
+            while not (here / "s" / "runs" / "seed=1" / "summary.json").exists():
+                time.sleep(0.01)
+            lock.close()
+
+        holder = threading.Thread(target=let_go)
+        holder.start()
+        done = run_here("sweep", *FAST, "seed=0,1", "sweep.dir=s")
+        holder.join()
+        assert done.status == 0, done.err
+        assert re.findall(r"seed=\d: (?:running in another|started|done|infeasible)", done.out) == [
+            "seed=0: running in another",
+            "seed=1: started",
+            "seed=1: done",
+            "seed=0: started",
+            "seed=0: done",
+        ]

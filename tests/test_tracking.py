@@ -253,3 +253,29 @@ class TestWandb:
         assert run_here("train", *WANDB, "logger.mode=disabled", "run.dir=run", "steps=5").status == 0
         assert not (here / "run" / "wandb").exists()
         assert "wandb" not in os.listdir(here)
+
+    def test_a_sweep_is_a_group_with_a_summary(self, run_here: Run, here: Path):
+        """Two runs at once, offline: each has a directory and an id of its own."""
+        small = ("steps=4", "onpolicy.every=2", "sft.steps=2", "preference_model.steps=2", "evaluation.prompts=8")
+        points = ("seed=0,1", "logger.tags=[mine]", "logger.project=trial")
+        done = run_here("sweep", *WANDB, *small, *points, "sweep.dir=s", "launcher=parallel", "launcher.jobs=2")
+        assert done.status == 0, done.err
+        runs = [newest_offline(here / "s" / "runs" / f"seed={seed}") for seed in (0, 1)]
+        for seed, offline in enumerate(runs):
+            assert (offline.run.project, offline.run.run_group, offline.run.job_type) == ("trial", "s", "train")
+            assert offline.run.display_name == f"seed={seed}"
+            assert list(offline.run.tags) == ["mine", f"seed={seed}"]
+            assert offline.config["seed"] == seed
+            assert offline.config["sweep"] == {"name": "s", "point": f"seed={seed}", "overrides": {"seed": str(seed)}}
+        summary = newest_offline(here / "s")
+        assert (summary.run.project, summary.run.run_group, summary.run.job_type) == ("trial", "s", "sweep")
+        assert summary.run.display_name == "s: summary"
+        assert len({offline.run.run_id for offline in (*runs, summary)}) == 3
+        told = read_json(here / "s" / "sweep.json")
+        assert summary.summary["front"] == told["front"]
+        assert sum(summary.summary[f"runs/{state}"] for state in ("done", "infeasible")) == 2
+        tables = {path.name.split("_")[0]: read_json(path) for path in summary.directory.rglob("*.table.json")}
+        assert set(tables) == {"results", "front"}
+        assert [row[0] for row in tables["results"]["data"]] == ["seed=0", "seed=1"]
+        assert tables["results"]["columns"][:3] == ["id", "seed", "state"]
+        assert "upload to Weights & Biases: wandb sync s/runs/*/wandb/offline-run-* s/wandb/offline-run-*\n" in done.out

@@ -1,0 +1,246 @@
+"""What a sweep leaves: results.csv, sweep.json, the best run, the front, figures and a summary run on W&B.
+
+results.csv holds what is the same whenever the same sweep is run; times are in sweep.json.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mopo_cli.config import LoggerConfig
+from mopo_cli.errors import UserError
+from mopo_cli.runs import RunDirectory, flat, locked, read_json, read_lines, shown, write_atomic, write_json
+from mopo_cli.worker import ENDED
+
+if TYPE_CHECKING:
+    from mopo_cli.figures import Swept
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One run of a sweep as sweep.json tells it. State: waiting, or one of status.json's."""
+
+    id: str
+    overrides: dict[str, str]
+    state: str = "waiting"
+    error: str | None = None
+    seconds: float | None = None  # of the attempt that ended it
+    numbers: dict[str, Any] = field(default_factory=dict)  # see `numbers`
+    roles: dict[str, str] = field(default_factory=dict)  # of the objectives
+
+    @property
+    def primary(self) -> str | None:
+        return next((name for name, role in self.roles.items() if role == "primary"), None)
+
+    def reached(self, name: str) -> float | None:
+        """The win rate of an objective: exact where it is known, else as evaluated."""
+        exact = self.numbers.get(f"exact/{name}")
+        return self.numbers.get(f"win_rate/{name}") if exact is None else exact
+
+    @property
+    def satisfied(self) -> bool:
+        """Whether every threshold is kept."""
+        return not any(v is False for k, v in self.numbers.items() if k.startswith("satisfied/"))
+
+
+def record_of(point_id: str, overrides: dict[str, str], run: RunDirectory) -> Record:
+    """What a run's directory says now. A run whose process has gone without a word is interrupted."""
+    state, error = "waiting", None
+    if run.status.exists():
+        status = read_json(run.status)
+        state, error = str(status.get("state")), status.get("error")
+        if state == "running" and not locked(run):
+            state = "interrupted"
+    if state not in ENDED:
+        return Record(point_id, overrides, state, error)
+    summary = run.results()
+    roles = {name: objective["role"] for name, objective in summary["objectives"].items()}
+    return Record(point_id, overrides, state, error, summary["train"]["wall_seconds"], numbers(summary), roles)
+
+
+def with_every_key(records: Sequence[Record], directory: Path) -> list[Record]:
+    """The records with the overrides that only others of them name, read from each run's own config.
+
+    Runs of two sweeps in one directory may vary in different keys.
+    """
+    keys = list(dict.fromkeys(key for record in records for key in record.overrides))
+    return [
+        record
+        if record.overrides.keys() >= set(keys)
+        else replace(record, overrides=_overrides(record, keys, directory))
+        for record in records
+    ]
+
+
+def _overrides(record: Record, keys: Sequence[str], directory: Path) -> dict[str, str]:
+    run = RunDirectory(directory / "runs" / record.id)
+    settings = dict(flat(run.settings())) if run.config.exists() else {}
+    found = {key: shown(settings, key) for key in keys if key in settings}
+    return {key: record.overrides.get(key, found.get(key, "")) for key in keys}
+
+
+def numbers(summary: dict[str, Any]) -> dict[str, Any]:
+    """The columns of results.csv that come from a run's summary."""
+    row: dict[str, Any] = {}
+    for name, objective in summary["objectives"].items():
+        row[f"win_rate/{name}"] = objective["win_rate"]
+        row[f"estimated/{name}"] = objective["estimated_win_rate"]
+        row[f"threshold/{name}"] = objective["threshold"]
+        row[f"satisfied/{name}"] = objective["satisfied"]
+    row |= {f"dual/{name}": value for name, value in summary["duals"].items()}
+    oracle = summary.get("oracle")
+    if oracle:
+        row |= {f"exact/{name}": value for name, value in oracle["win_rate"].items()}
+        row |= {f"optimum/{name}": value for name, value in oracle["optimum"].items()}
+        row["gap"] = oracle["gap"]
+    row["kl"] = summary["kl"]
+    return row | {"warnings": len(summary["warnings"])}
+
+
+# --------------------------------------------------------------------------------------------- best, and the front
+
+
+def best(records: Sequence[Record]) -> tuple[Record | None, str | None]:
+    """The run that keeps every threshold and has the highest primary win rate; or None, and why."""
+    ended = [record for record in records if record.state in ENDED]
+    if not ended:
+        return None, "no run has ended"
+    if len({record.primary for record in ended}) > 1:
+        return None, "the runs maximise different objectives"
+    kept = [record for record in ended if record.state == "done" and record.satisfied]
+    if not kept:
+        return None, f"none of the {len(ended)} runs that ended keeps every threshold"
+    return max(kept, key=lambda record: record.reached(record.primary or "") or 0.0), None
+
+
+def front(records: Sequence[Record]) -> list[Record]:
+    """The runs that no other equals or exceeds in every objective; empty where runs have different objectives."""
+    ended = [record for record in records if record.state in ENDED]
+    if len({tuple(record.roles) for record in ended}) != 1:
+        return []
+    points = {record.id: [record.reached(name) or 0.0 for name in record.roles] for record in ended}
+    return [record for record in ended if not any(_dominates(points[o.id], points[record.id]) for o in ended)]
+
+
+def _dominates(a: Sequence[float], b: Sequence[float]) -> bool:
+    return all(x >= y for x, y in zip(a, b, strict=True)) and any(x > y for x, y in zip(a, b, strict=True))
+
+
+# --------------------------------------------------------------------------------------------- files
+
+
+def write_results(directory: Path, records: Sequence[Record], state: str) -> None:
+    """results.csv (a line for each run that ended or failed) and sweep.json (every run), each whole."""
+    finished = [record for record in records if record.state in (*ENDED, "failed")]
+    rows = [_row(record) for record in finished]
+    columns = list(dict.fromkeys(["id", *(k for r in records for k in r.overrides), *(k for row in rows for k in row)]))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(directory / "results.csv", text.getvalue())
+    write_json(directory / "sweep.json", as_json(directory.name, records, state))
+
+
+def _row(record: Record) -> dict[str, Any]:
+    return {
+        "id": record.id,
+        **record.overrides,
+        "state": record.state,
+        "error": record.error and " ".join(record.error.split()),
+        **record.numbers,
+    }
+
+
+def as_json(name: str, records: Sequence[Record], state: str) -> dict[str, Any]:
+    winner, reason = best(records)
+    return {
+        "name": name,
+        "state": state,
+        "runs": [_entry(record) for record in records],
+        "best": winner
+        and {
+            "id": winner.id,
+            "overrides": winner.overrides,
+            "objective": winner.primary,
+            "win_rate": winner.reached(winner.primary or ""),
+            "exact": f"exact/{winner.primary}" in winner.numbers,
+        },
+        "no_best": reason,
+        "front": [record.id for record in front(records)],
+    }
+
+
+def _entry(record: Record) -> dict[str, Any]:
+    entry = asdict(record)
+    return {key: value for key, value in entry.items() if key not in ("numbers", "roles")} | entry["numbers"]
+
+
+def earlier_runs(directory: Path) -> list[tuple[str, dict[str, str]]]:
+    """Id and overrides of every run that sweep.json lists and whose directory is there still, in order."""
+    path = directory / "sweep.json"
+    if not path.exists():
+        return []
+    listed = read_json(path)
+    if not isinstance(listed, dict) or not isinstance(listed.get("runs"), list):
+        raise UserError(f"{path}: is not the list of a sweep's runs; choose another sweep.dir")
+    return [(r["id"], r["overrides"]) for r in listed["runs"] if (directory / "runs" / r["id"]).is_dir()]
+
+
+# --------------------------------------------------------------------------------------------- figures and W&B
+
+
+def draw(runs: Sequence[tuple[dict[str, str], Path]], directory: Path) -> list[Path]:
+    """Figures of the runs that ended, given each with what varies in it."""
+    from mopo_cli.figures import draw_sweep
+
+    ended = [swept(varying, RunDirectory(path)) for varying, path in runs if RunDirectory(path).summary.exists()]
+    alike = [run for run in ended if list(run.win_rate) == list(ended[0].win_rate)]  # other objectives, other axes
+    return draw_sweep(alike, directory / "figures") if alike else []
+
+
+def swept(varying: dict[str, str], run: RunDirectory) -> Swept:
+    """What a figure needs to know of a finished run."""
+    from mopo_cli.figures import Swept
+
+    summary = run.results()
+    objectives, oracle = summary["objectives"], summary.get("oracle")
+    names = sorted(objectives, key=lambda name: objectives[name]["role"] != "primary")
+    exact = oracle["win_rate"] if oracle else None
+    return Swept(
+        varying,
+        run.state() or "done",
+        {name: (exact or {}).get(name, objectives[name]["win_rate"]) for name in names},
+        {} if exact else {name: tuple(objectives[name]["win_rate_ci95"]) for name in names},
+        {n: objectives[n]["threshold"] for n in names if objectives[n]["threshold"] is not None},
+        oracle["optimum"] if oracle else None,
+        summary["kl"],
+        read_lines(run.metrics),
+    )
+
+
+def publish(
+    directory: Path, logger: LoggerConfig, records: Sequence[Record], command: str, figures: Sequence[Path]
+) -> str | None:
+    """The sweep's own run on W&B, in the group of its points: results, front, figures. Returns the upload command."""
+    from mopo_cli.tracking import Tracker
+
+    config = {"sweep": {"name": directory.name, "command": command, "runs": [record.id for record in records]}}
+    tracker = Tracker(RunDirectory(directory), logger, config, f"{directory.name}: summary", kind="sweep")
+    rows = [_row(record) for record in records]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    tracker.table("results", columns, [[row.get(column) for column in columns] for row in rows])
+    ends = front(records)
+    names = list(ends[0].roles) if ends else []
+    tracker.table("front", ["id", *names], [[r.id, *(r.reached(name) for name in names)] for r in ends])
+    tracker.figures(figures)
+    told = as_json(directory.name, records, "done")
+    tracker.summarise({"best": told["best"] or {"id": None}, "front": told["front"]})
+    counted = {state: sum(r.state == state for r in records) for state in ("done", "infeasible", "failed")}
+    tracker.summarise({"runs": counted})
+    return tracker.finish()
