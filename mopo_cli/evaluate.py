@@ -271,6 +271,8 @@ def show_results(evaluation: Evaluation, exact: Exact | None, run: RunDirectory)
     say(f"model          {run.model}")
     for path in sorted(run.figures.glob("*.png")):
         say(f"figure         {path}")
+    if run.report.exists():
+        say(f"report         {run.report}")
 
 
 # --------------------------------------------------------------------------------------------- mopo eval

@@ -31,7 +31,9 @@ def command(composed: DictConfig) -> int:
     started = time.perf_counter()
     runs, kind, place = find(settings)
     out = Path(settings.out).expanduser() if settings.out else place
-    report = build(runs, kind, out if kind == "comparison" else place, settings.samples, settings.bootstrap, settings.seed)
+    report = build(
+        runs, kind, out if kind == "comparison" else place, settings.samples, settings.bootstrap, settings.seed
+    )
     path = write(report, out)
     drawn = draw(report, out / "figures") if settings.figures else []
     for notice in report.notices:
@@ -151,7 +153,7 @@ def read_sweep(directory: Path) -> list[ReportedRun]:
 
 
 def _records(directory: Path) -> list[dict[str, Any]]:
-    """What sweep.json says of its runs; nothing where it is not written yet or not whole (the runs tell for themselves)."""
+    """What sweep.json says of its runs; nothing where it is not whole: the runs' own directories tell enough."""
     try:
         values = read_json(directory / "sweep.json")
     except UserError:
@@ -187,7 +189,8 @@ def build(
     sections = []
     for members in objective_sets(runs):
         group = charts.group_of(members, settings)
-        sections.append(page.Section(group, charts.figures(group), quality(group, bootstrap, seed)))
+        drawn, data = charts.figures(group), charts.datasets(group)
+        sections.append(page.Section(group, drawn, data, quality(group, bootstrap, seed)))
     title = f"{len(runs)} runs" if kind == "comparison" else place.resolve().name
     return page.Report(title, kind, str(place), runs, sections, notices(runs), samples)
 
@@ -241,10 +244,9 @@ def draw(report: page.Report, directory: Path) -> list[Path]:
     written = []
     with stage("figures", sum(len(section.figures) for section in report.sections)) as progress:
         for number, section in enumerate(report.sections):
-            data = charts.datasets(section.group)
             for figure in section.figures:
                 name = figure.id if number == 0 else f"{figure.id}_{number + 1}"
-                svg = vl_convert.vegalite_to_svg(charts.composed(figure, data))
+                svg = vl_convert.vegalite_to_svg(charts.composed(figure, section.data))
                 for path, content in (
                     (directory / f"{name}.svg", svg.encode()),
                     (directory / f"{name}.png", vl_convert.svg_to_png(svg, scale=2)),

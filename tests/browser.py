@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 import tempfile
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+TIMEOUT = 60  # seconds; a net for a hang, not a measurement
 
 
 def chromium() -> str:
@@ -55,6 +57,8 @@ class Tab:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self.buffer:
+            ready, _, _ = select.select([self.read], [], [], TIMEOUT)
+            assert ready, "the browser does not answer"
             chunk = os.read(self.read, 1 << 20)
             assert chunk, "the browser has gone"
             self.buffer += chunk
@@ -79,6 +83,12 @@ class Tab:
 
     def size(self, width: int, height: int = 900) -> None:
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+
+    def resize(self, width: int) -> None:
+        """Another width, and the charts drawn anew for it."""
+        self.size(width)
+        self.run("new Promise(done => setTimeout(done, 400))")
+        self.drawn()
 
     def media(self, scheme: str) -> None:
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,7 @@ CONFIG: Spec = {
     "title": {"color": INK, "fontSize": 13, "fontWeight": 600, "anchor": "start", "offset": 10},
 }
 
+UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 MANY = 40  # runs: with more, a figure leaves out what would only be a tangle
 NAMED = 8  # runs that still get a colour each
 LINES = {"estimate": [1, 0], "lower bound": [1.5, 2.5], "threshold b": [6, 4]}
@@ -180,28 +182,39 @@ def figures(group: Group) -> list[Figure]:
         drawn.append(reward(group))
     if plane(group):
         drawn.append(heat(group))
-    return drawn
+    return [replace(figure, panels=_one_line(figure.panels)) for figure in drawn]
+
+
+def _one_line(value: Any) -> Any:
+    """Texts without line ends and control characters: Vega's expressions, which they become part of, allow none."""
+    if isinstance(value, str):
+        return UNSEEN.sub(" ", value)
+    if isinstance(value, dict):
+        return {key: _one_line(v) for key, v in value.items()}
+    return [_one_line(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 # --------------------------------------------------------------------------------------------- the data
 
 
-def datasets(group: Group, lines: int = 12000) -> dict[str, list[dict[str, Any]]]:
+def datasets(group: Group, lines: int = 6000) -> dict[str, list[dict[str, Any]]]:
     """`runs`: a row for each; `history`: rows over the steps; `reached`: a row for each run and objective."""
     front = _front(group)
     axes = plane(group)
     rows = [_row(group, run, front.get(run.id), axes) for run in group.runs]
     keys = {row["run"]: {"run": row["run"], "label": row["label"], "colour": row["colour"]} for row in rows}
     most = max(12, lines // max(len(group.runs), 1))
-    history = [keys[run.id] | line for run in group.runs for line in _thinned(_steps(run, group.names), most)]
+    history = [keys[run.id] | line for run in group.runs for line in _steps(run, group.names, most)]
+    parts = {"value": "x", "sampled": "w", "low": "l", "high": "h", "b": "b", "exact": "e", "optimum": "o"}
     reached = [
-        keys[run.id] | _drop({"objective": name, "value": row.get(f"x{k}"), "sampled": row.get(f"w{k}"), "low": row.get(f"l{k}"),
-                              "high": row.get(f"h{k}"), "b": row.get(f"b{k}"), "exact": row.get(f"e{k}"),
-                              "optimum": row.get(f"o{k}")})
-        for run, row in zip(group.runs, rows, strict=True) if run.finished
+        keys[row["run"]]
+        | {"objective": name}
+        | {part: row[f"{key}{k}"] for part, key in parts.items() if f"{key}{k}" in row}
+        for row in rows
         for k, name in enumerate(group.names)
-    ]  # fmt: skip
-    return {"runs": rows, "history": history, "reached": reached}
+        if f"w{k}" in row
+    ]
+    return _one_line({"runs": rows, "history": history, "reached": reached})
 
 
 def _front(group: Group) -> dict[str, bool]:
@@ -262,21 +275,26 @@ def shape_of(group: Group, run: ReportedRun) -> str:
     return value_of(run, key) if key else "run"
 
 
-def _steps(run: ReportedRun, names: Sequence[str]) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl at which something was measured anew, in short keys."""
-    found: list[dict[str, Any]] = []
+def _steps(run: ReportedRun, names: Sequence[str], most: int) -> list[dict[str, Any]]:
+    """At most so many lines of metrics.jsonl at which something was measured anew, in short keys."""
+    keys = {"kl": "kl"}
+    for k, name in enumerate(names):
+        keys |= {f"w{k}": f"win_rate/{name}", f"l{k}": f"lower/{name}"}
+        keys |= {f"b{k}": f"threshold/{name}", f"d{k}": f"dual/{name}"}
+    found, last = [], None
     for line in run.history:
-        row = {"kl": line.get("kl")}
-        for k, name in enumerate(names):
-            row |= {f"w{k}": line.get(f"win_rate/{name}"), f"l{k}": line.get(f"lower/{name}")}
-            row |= {f"b{k}": line.get(f"threshold/{name}"), f"d{k}": line.get(f"dual/{name}")}
-        row = {key: _rounded(v) for key, v in row.items() if isinstance(v, int | float) and np.isfinite(v)}
-        if not found or line is run.history[-1] or any(found[-1].get(key) != value for key, value in row.items()):
-            found.append({"step": line["step"], **row})
-    return found
+        values = [line.get(key) for key in keys.values()]
+        if values != last or line is run.history[-1]:
+            found.append((line["step"], values))
+        last = values
+    return [
+        {"step": step}
+        | {key: _rounded(v) for key, v in zip(keys, values, strict=True) if isinstance(v, int | float) and isfinite(v)}
+        for step, values in _thinned(found, most)
+    ]
 
 
-def _thinned(rows: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+def _thinned(rows: list[Any], most: int) -> list[Any]:
     """At most so many rows, evenly, the first and the last among them."""
     if len(rows) <= most:
         return rows
@@ -285,10 +303,6 @@ def _thinned(rows: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
 
 def _rounded(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value
-
-
-def _drop(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if value is not None}
 
 
 # --------------------------------------------------------------------------------------------- parts of a panel
@@ -300,15 +314,19 @@ def colour(group: Group) -> Spec:
     else:
         key = colour_setting(group)
         domain, title = (group.settings[key], short(key)) if key else (["runs"], None)
-    legend = None if len(domain) < 2 else {"title": title, "symbolType": "circle", "symbolOpacity": 1}
-    if legend and max(map(len, domain)) > 30:
-        legend["columns"] = 2
+    legend = {"title": title, "symbolType": "circle", "symbolOpacity": 1, "columns": _columns(domain)}
     return {
         "field": "colour",
         "type": "nominal",
         "scale": {"domain": domain, "range": COLOURS[: len(domain)]},
-        "legend": legend,
+        "legend": legend if len(domain) > 1 else None,
     }
+
+
+def _columns(labels: Sequence[str]) -> int:
+    """How many labels stand beside one another in a legend."""
+    longest = max(map(len, labels), default=0)
+    return 8 if longest <= 8 else 4 if longest <= 28 else 2
 
 
 def stroke(group: Group) -> Spec:
@@ -319,11 +337,12 @@ def stroke(group: Group) -> Spec:
 def shape(group: Group) -> Spec:
     key = shape_setting(group)
     domain = group.settings[key] if key else ["run"]
+    grey = {"fill": {"value": SOFT}, "stroke": {"value": SOFT}}
     return {
         "field": "shape",
         "type": "nominal",
         "scale": {"domain": domain, "range": SHAPES[: len(domain)]},
-        "legend": {"title": short(key), "symbolFillColor": SOFT, "symbolStrokeColor": SOFT} if key else None,
+        "legend": {"title": short(key), "columns": _columns(domain), "encoding": {"symbols": grey}} if key else None,
     }
 
 
@@ -350,7 +369,7 @@ def quantity(name: str, title: str | None, domain: Sequence[float] | None = None
 
 def span(values: Sequence[float | None], margin: float = 0.07, least: float = 0.02) -> tuple[float, float]:
     """The range of these values with some room around it."""
-    found = [float(v) for v in values if v is not None and np.isfinite(v)]
+    found = [float(v) for v in values if v is not None and isfinite(v)]
     if not found:
         return 0.0, 1.0
     low, high = min(found), max(found)
@@ -413,9 +432,7 @@ def fronts(group: Group) -> Figure:
     )
     more = [what, "Shaded: below every threshold that was asked."]
     if len(group.ended) > 1:
-        more.append(
-            "Filled: no other run is at least as good in every objective and better in one; hollow: one is."
-        )
+        more.append("Filled: no other run is at least as good in every objective and better in one; hollow: one is.")
     if group.exact:
         more.append("Crosses: the exact optimum at a run's thresholds and τ.")
     if exact_front(group) is not None:
@@ -463,12 +480,11 @@ def _pair(group: Group, across: int, up: int) -> Spec:
     present = {"filter": f"isValid(datum.x{across}) && isValid(datum.x{up})"}
     if linked:
         layers += _links(across, up, x, y, tint, dashed["to the optimum of (P)"])
-    if len(ended) <= 3 * MANY:
-        bars = visible(0.55)
-        layers += [
-            _bar(x | {"field": f"l{across}"}, {"field": f"h{across}"}, y, None, tint, bars, present),
-            _bar(x, None, y | {"field": f"l{up}"}, {"field": f"h{up}"}, tint, bars, present),
-        ]
+    bars = visible(_faintness(group))
+    layers += [
+        _bar(x | {"field": f"l{across}"}, {"field": f"h{across}"}, y, None, tint, bars, present),
+        _bar(x, None, y | {"field": f"l{up}"}, {"field": f"h{up}"}, tint, bars, present),
+    ]
     size = 75 if len(ended) <= MANY else 36
     layers.append({
         "data": {"name": "runs"},
@@ -484,13 +500,18 @@ def _pair(group: Group, across: int, up: int) -> Spec:
     return {"layer": layers}
 
 
+def _faintness(group: Group) -> float:
+    """Opacity of error bars: the more there are, the less each is seen."""
+    return 0.55 if len(group.ended) <= MANY else 0.2
+
+
 def _front_span(group: Group, k: int) -> tuple[float, float]:
     name, values = group.names[k], []
     for run in group.ended:
         r = run.objectives[name]
         values += [r.exact if group.exact else r.win_rate, r.threshold]
         values += [r.optimum, r.reference] if group.exact else []
-        values += list(r.ci95) if r.ci95 and len(group.ended) <= 3 * MANY else []
+        values += r.ci95 or ()
     return span(values)
 
 
@@ -528,7 +549,7 @@ def _bar(x: Spec, x2: Spec | None, y: Spec, y2: Spec | None, tint: Spec, opacity
         "data": {"name": "runs"},
         "transform": [present],
         "mark": {"type": "rule", "strokeWidth": 1.2},
-        "encoding": {"x": x, "y": y, **ends, "color": tint, "opacity": opacity},
+        "encoding": {"x": x, "y": y, **ends, "color": tint, "strokeOpacity": opacity},
     }
 
 
@@ -570,7 +591,7 @@ def parallel(group: Group) -> Figure:
              "encoding": {"x": x, "y": y | {"field": "b"}, "y2": {"datum": domain[0]}}},
             {"data": {"name": "reached"}, "mark": {"type": "line", "strokeWidth": 1.6 if len(group.ended) <= MANY else
              0.8}, "encoding": {"x": x, "y": y, "detail": {"field": "run"}, "color": colour(group),
-             "opacity": visible(0.85), "tooltip": tooltip(("run", "run"))}},
+             "opacity": visible(), "tooltip": tooltip(("run", "run"))}},
             {"data": {"name": "reached"}, "mark": {"type": "point", "filled": True, "size": 45, "cursor": "pointer"},
              "encoding": {"x": x, "y": y, "color": colour(group), "opacity": visible(), "tooltip": tooltip(*rows)}},
         ],
@@ -633,7 +654,11 @@ def steps(group: Group) -> Figure:
     panels += [_over_steps(group, f"d{k}", f"multiplier λ, {names[k]}", "step-after", 0.0)
                for k in range(1, len(names))]  # fmt: skip
     panels.append(_over_steps(group, "kl", "KL to the reference, nats", "linear", 0.0))
-    caption = "Top: the run's own estimate of each win rate, with the pessimistic lower bound and the threshold b."
+    caption = "The run's own estimate of each win rate"
+    if len(group.runs) <= NAMED:
+        caption += ", with its pessimistic lower bound and the threshold b."
+    else:
+        caption += " and the threshold b." if len(group.runs) <= MANY else "."
     caption += " At the end: the evaluated win rate with its 95 % interval"
     caption += ", and the exact one (diamond)." if group.exact else "."
     return Figure("steps", "Over the steps", caption, panels, height=200)
@@ -643,8 +668,11 @@ def _estimates(group: Group, k: int) -> Spec:
     name = group.names[k]
     lines = [line for run in group.runs for line in run.history]
     secondary = any(f"threshold/{name}" in line for line in lines)
-    bounds = len(group.runs) <= NAMED and any(f"lower/{name}" in line for line in lines)
-    kinds = ["estimate"] + (["lower bound", "threshold b"] if len(group.names) > 1 else [])
+    few = len(group.runs) <= NAMED
+    bounds = few and any(f"lower/{name}" in line for line in lines)
+    kinds = ["estimate"]
+    if len(group.names) > 1 and len(group.runs) <= MANY:
+        kinds += ["lower bound", "threshold b"] if few else ["threshold b"]
     values = [line.get(f"{what}/{name}") for line in lines for what in ("win_rate", "threshold")]
     values += [line.get(f"lower/{name}") for line in lines] if bounds else []
     for run in group.ended:
@@ -661,7 +689,7 @@ def _estimates(group: Group, k: int) -> Spec:
     elif len(group.runs) == 1 and secondary:
         layers.append({**here, "mark": {"type": "area", "color": BAD, "opacity": 0.13, "interpolate": "step-after"},
                        "encoding": {"x": x, "y": y | {"field": f"b{k}"}, "y2": {"datum": domain[0]}}})  # fmt: skip
-    if secondary:
+    if secondary and len(group.runs) <= MANY:
         layers.append({**here, "mark": {"type": "line", "strokeWidth": 1.2, "interpolate": "step-after"},
                        "encoding": line | {"y": y | {"field": f"b{k}"}, "opacity": visible(0.8),
                                            "strokeDash": dashes(kinds, LINES, "threshold b")}})  # fmt: skip
@@ -670,7 +698,7 @@ def _estimates(group: Group, k: int) -> Spec:
                        "encoding": line | {"y": y | {"field": f"l{k}"}, "opacity": visible(0.9),
                                            "strokeDash": dashes(kinds, LINES, "lower bound")}})  # fmt: skip
     layers.append({**here, "mark": {"type": "line", "strokeWidth": _weight(group)},
-                   "encoding": line | {"y": y, "opacity": visible(_strength(group)), "tooltip": tooltip(("run", "run")),
+                   "encoding": line | {"y": y, "opacity": visible(), "tooltip": tooltip(("run", "run")),
                                        "strokeDash": dashes(kinds, LINES, "estimate")}})  # fmt: skip
     layers += _hover_points(group, x, y, ((f"w{k}", "estimate"), (f"l{k}", "lower bound"), (f"b{k}", "threshold b")))
     layers += _truth(group, k, x, y)
@@ -698,7 +726,7 @@ def _over_steps(group: Group, name: str, title: str, interpolate: str, least: fl
     y["scale"] = {"zero": True, "nice": True}
     line = {"type": "line", "strokeWidth": _weight(group), "interpolate": interpolate}
     encoding = {"x": x, "y": y, "detail": {"field": "run"}, "color": colour(group),
-                "opacity": visible(_strength(group)), "tooltip": tooltip(("run", "run"))}  # fmt: skip
+                "opacity": visible(), "tooltip": tooltip(("run", "run"))}  # fmt: skip
     here: Spec = {"data": {"name": "history"}, "transform": [{"filter": f"isValid(datum.{name})"}]}
     return {"layer": [{**here, "mark": line, "encoding": encoding}, *_hover_points(group, x, y, ((name, title),))]}
 
@@ -714,7 +742,7 @@ def _hover_points(group: Group, x: Spec, y: Spec, fields: Sequence[tuple[str, st
 
 def _step_axis(group: Group) -> Spec:
     last = max((line["step"] for run in group.runs for line in run.history), default=1)
-    return quantity("step", "step", (0, round(last * 1.03, 2) or 1), format="~s", grid=False)
+    return quantity("step", "step", (0, round(last * 1.03, 2) or 1), labelExpr="format(datum.value, '~s')", grid=False)
 
 
 def _constant_floor(group: Group, name: str) -> float | None:
@@ -726,10 +754,6 @@ def _constant_floor(group: Group, name: str) -> float | None:
 
 def _weight(group: Group) -> float:
     return 2.0 if len(group.runs) <= NAMED else 1.3 if len(group.runs) <= MANY else 0.9
-
-
-def _strength(group: Group) -> float:
-    return 1.0 if len(group.runs) <= MANY else 0.6
 
 
 def _numbers(values: Sequence[Any]) -> list[float]:
@@ -752,10 +776,9 @@ def reward(group: Group) -> Figure:
                        "encoding": {"x": x, "y": y | {"field": "w0"}, "detail": {"field": "run"}, "color": tint,
                                     "order": {"field": "step", "type": "quantitative"}, "opacity": visible(0.5),
                                     "tooltip": tooltip(("run", "run"))}})  # fmt: skip
-    if len(group.ended) <= 3 * MANY:
-        layers.append({**ends, "mark": {"type": "rule", "strokeWidth": 1.2},
-                       "encoding": {"x": x, "y": y | {"field": "l0"}, "y2": {"field": "h0"}, "color": tint,
-                                    "opacity": visible(0.55)}})  # fmt: skip
+    layers.append({**ends, "mark": {"type": "rule", "strokeWidth": 1.2},
+                   "encoding": {"x": x, "y": y | {"field": "l0"}, "y2": {"field": "h0"}, "color": tint,
+                                "strokeOpacity": visible(_faintness(group))}})  # fmt: skip
     if group.exact and len(group.ended) <= MANY:
         cross = {"type": "point", "shape": "M-1,-1L1,1M-1,1L1,-1", "size": 30, "filled": False, "strokeWidth": 1.6}
         layers.append({**ends, "mark": cross, "encoding": {"x": x | {"field": "okl"}, "y": y | {"field": "o0"},
@@ -775,7 +798,7 @@ def heat(group: Group) -> Figure:
     assert axes is not None
     (across, columns), (down, rows) = (list(group.settings.items())[i] for i in axes)
     names = group.names
-    numbers = [("x0", win_rate_title(group, names[0]), [v for v in group.points()[:, 0]], False)]
+    numbers = [("x0", win_rate_title(group, names[0]), list(group.points()[:, 0]), False)]
     for k, name in enumerate(names[1:], 1):
         margins = [
             reached - run.objectives[name].threshold
@@ -794,7 +817,15 @@ def heat(group: Group) -> Figure:
     panels = [_cells(name, title, values, diverging, scales, max(len(columns), len(rows)))
               for name, title, values, diverging in numbers]  # fmt: skip
     caption = "Means over the runs that share a cell. Margins: blue keeps the threshold, red breaks it."
-    return Figure("heat", "Over two settings", caption, panels, (), height=230, columns=3 if len(panels) % 4 else 4)
+    return Figure(
+        "heat",
+        "Over two settings",
+        caption,
+        panels,
+        (),
+        height=230,
+        columns=3 if len(panels) % 4 else 4 if len(columns) <= 4 else 2,
+    )
 
 
 def _cells(name: str, title: str, values: Sequence[float], diverging: bool, axes: Spec, most: int) -> Spec:

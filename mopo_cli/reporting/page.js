@@ -334,5 +334,6 @@
   }
 
   addEventListener("beforeprint", () => { for (const details of all("details")) details.open = true; });
+  document.documentElement.dataset.ready = Math.round(performance.now()); // ms: tables and samples can be used
   drawAll();
 })();

@@ -21,7 +21,7 @@ from mopo_cli.reporting.charts import Figure, Group
 from mopo_cli.reporting.quality import Quality
 from mopo_cli.reporting.runs import ReportedRun, shown, value_of, varying_settings
 
-SAMPLE_BUDGET = 1_500_000  # characters of responses in a page
+SAMPLE_BUDGET = 1_000_000  # characters of responses in a page
 LONGEST = 4000  # characters shown of one text
 COLUMNS = 6  # settings that the table shows; the CSV has all
 HERE = Path(__file__).parent
@@ -33,6 +33,7 @@ class Section:
 
     group: Group
     figures: Sequence[Figure]
+    data: Mapping[str, list[dict[str, Any]]]  # of the figures
     quality: Quality | None
 
 
@@ -134,7 +135,7 @@ def payload(report: Report, columns: Sequence[Column], rows: Sequence[tuple[Repo
         "light": charts.LIGHT,
         "sections": [
             {
-                "datasets": _columnar(charts.datasets(section.group)),
+                "datasets": _columnar(section.data),
                 "settings": [{"key": k, "values": v} for k, v in section.group.settings.items()],
                 "figures": [asdict(figure) for figure in section.figures],
             }
@@ -175,14 +176,14 @@ def table(report: Report) -> tuple[list[Column], list[tuple[ReportedRun, list[Ce
     columns += [Column("warnings"), *([] if swept else varied)]
     rows = []
     for run in report.runs:
-        cells = [Cell(run.id, run.id), Cell(run.state if run.finished else f"{run.state}, unfinished", run.state)]
+        cells = [Cell(run.id, run.id), Cell(run.state if run.finished else f"unfinished: {run.state}", run.state)]
         told = [Cell(value_of(run, key), _sortable(value_of(run, key))) for key in settings]
         cells += told if swept else []
         for name in names:
             cells += _rates(run, name, exact)
         cells.append(_verdict(run.satisfied))
         cells.append(_number(run.summary.get("kl"), 3))
-        cells.append(_verdict(front[run.id], "●", "") if run.id in front else Cell("", ""))
+        cells.append(Cell("●" if front[run.id] else "", int(front[run.id])) if run.id in front else Cell("", ""))
         count = sum(not text.startswith("note") for text in run.warnings)
         cells.append(Cell(str(count), count) if run.finished else Cell("", ""))
         rows.append((run, cells if swept else cells + told))
@@ -279,7 +280,11 @@ def numbers(quality: Quality) -> list[tuple[str, str, str]]:
     sampled = "of sampled win rates, 95 % interval by bootstrap over prompts"
     found = [("non-dominated", f"{count} of {len(quality.front)}", "no other run is as good in all objectives")]
     exact = "" if quality.exact_hypervolume is None else f"; of exact ones {quality.exact_hypervolume:.4f}"
-    found.append(("hypervolume", _measured(quality.hypervolume), f"{sampled}{exact}; reference point {origin}"))
+    text = f"{sampled}{exact}; reference point {origin}"
+    low, high = quality.hypervolume.ci95 or (-1.0, 2.0)
+    if not low <= quality.hypervolume.value <= high:
+        text += ". The best of so many noisy runs look better than they are: the interval allows for that"
+    found.append(("hypervolume", _measured(quality.hypervolume), text))
     if quality.igd_plus is not None:
         exact = "" if quality.exact_igd_plus is None else f"; of exact ones {quality.exact_igd_plus:.4f}"
         text = f"distance to the exact front, whatever the KL, {sampled}{exact}"
@@ -322,12 +327,19 @@ def csv_text(report: Report) -> str:
 
 
 def samples(report: Report) -> dict[str, Any]:
-    """Responses of every run to the prompts that most runs have in common, within the page's budget."""
+    """Responses of every run to the prompts that most runs have in common, within the page's budget.
+
+    A run that was asked none of them shows a few of its own.
+    """
     with_answers = [run for run in report.runs if run.answers]
     if not with_answers:
         return {"prompts": [], "runs": {}}
-    counts = Counter(prompt for run in with_answers for prompt in dict.fromkeys(a.prompt for a in run.answers))
+    asked = {run.id: dict.fromkeys(answer.prompt for answer in run.answers) for run in with_answers}
+    counts = Counter(prompt for prompts in asked.values() for prompt in prompts)
     chosen = [prompt for prompt, _ in counts.most_common(report.prompts)]
+    for prompts in asked.values():
+        if not any(prompt in prompts for prompt in chosen):
+            chosen += list(prompts)[: min(3, report.prompts)]
     each = max(1, min(4, 60 // len(with_answers)))  # responses a prompt
     budget = SAMPLE_BUDGET // len(with_answers)
     runs: dict[str, Any] = {}

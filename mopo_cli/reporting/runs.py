@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,8 +35,7 @@ class Result:
     reference: float | None = None  # of the policy that the run started from, exact
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """One sampled response, with its win rates against the data's responses."""
 
     prompt: str
@@ -179,7 +178,7 @@ def _objectives(settings: Mapping[str, Any], summary: Mapping[str, Any]) -> dict
             )
     else:
         for name, o in asked.items():
-            threshold = o.get("threshold")
+            threshold: Any = o.get("threshold")
             found[str(name)] = Result(
                 str(o.get("role", "secondary")),
                 float(threshold) if _is_number(threshold) else None,
