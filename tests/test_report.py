@@ -423,3 +423,12 @@ class TestInABrowser:
         text = browser.run("document.querySelector('section[id^=heat] .chart').textContent")
         assert "objectives.harmless.threshold" not in text
         assert browser.errors() == []
+
+    def test_figures_take_the_width_there_is(self, browser: Tab, pages: dict[str, Path]):
+        browser.open(pages["sweep"])
+        width = "document.querySelector('.chart svg').getBoundingClientRect().width"
+        wide = browser.run(width)
+        browser.resize(420)
+        assert browser.run(width) < 420
+        browser.resize(1280)
+        assert browser.run(width) == wide > 900

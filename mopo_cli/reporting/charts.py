@@ -659,8 +659,10 @@ def steps(group: Group) -> Figure:
         caption += ", with its pessimistic lower bound and the threshold b."
     else:
         caption += " and the threshold b." if len(group.runs) <= MANY else "."
-    caption += " At the end: the evaluated win rate with its 95 % interval"
-    caption += ", and the exact one (diamond)." if group.exact else "."
+    found = (["the evaluated win rate with its 95 % interval"] if len(group.ended) <= NAMED else []) + (
+        ["the exact one (diamond)"] if group.exact and len(group.ended) <= MANY else []
+    )
+    caption += f" At the end: {' and '.join(found)}." if found and group.ended else ""
     return Figure("steps", "Over the steps", caption, panels, height=200)
 
 

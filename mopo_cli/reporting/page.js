@@ -143,7 +143,7 @@
     const [section, figure] = figureOf(element.dataset.figure);
     views.get(element)?.finalize();
     const spec = composed(section, figure, element.clientWidth);
-    const options = { mode: "vega-lite", renderer: "svg", actions: false, tooltip: { disableDefaultStyle: true } };
+    const options = { mode: "vega-lite", renderer: "svg", actions: false, defaultStyle: false, tooltip: { disableDefaultStyle: true } };
     const { view } = await vegaEmbed(element, spec, options);
     view.addEventListener("click", (_, item) => {
       const run = item?.datum?.run;
