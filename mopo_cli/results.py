@@ -100,7 +100,7 @@ def write_report(run: RunDirectory) -> None:
     try:
         write_run_report(run)
     except Exception as error:
-        warn(f"no report.html ({type(error).__name__}: {error}); once mended: mopo report run={run.path}")
+        warn(f"no report.html ({type(error).__name__}: {error}); once mended: mopo report \"run='{run.path}'\"")
 
 
 def facts(

@@ -434,7 +434,7 @@ def fronts(group: Group) -> Figure:
     if len(group.ended) > 1:
         more.append("Filled: no other run is at least as good in every objective and better in one; hollow: one is.")
     if group.exact:
-        more.append("Crosses: the exact optimum at a run's thresholds and τ.")
+        more.append("Crosses: the exact optimum at a run's thresholds and τ. Star: the reference model.")
     if exact_front(group) is not None:
         more.append("The exact front is that of all policies whatever their KL" + (
             ", for these two objectives alone." if len(group.names) > 2 else "."))  # fmt: skip
@@ -496,7 +496,7 @@ def _pair(group: Group, across: int, up: int) -> Spec:
             "tooltip": run_tooltip(group),
         },
     })  # fmt: skip
-    layers += _reference(group, across, up, x, y)
+    layers += _reference(group, across, up, x, y)[: 2 if (up, across) == (0, 1) else 1]  # named once
     return {"layer": layers}
 
 

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -111,13 +112,13 @@ def library() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script; bundling takes seconds, so it is kept in the user's cache."""
     import vl_convert
 
-    versions = f"{vl_convert.__version__}-{vl_convert.get_vega_version()}"
+    versions = f"{version('vl-convert-python')}-{vl_convert.get_vega_version()}"
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     kept = root / "mopo" / f"vega-{versions}.js"
     try:
         return kept.read_text(encoding="utf-8")
     except OSError:
-        script = vl_convert.javascript_bundle()
+        script = vl_convert.javascript_bundle()  # type: ignore[call-arg] (its stub asks for more)
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         temporary = kept.with_suffix(f".{os.getpid()}.tmp")
