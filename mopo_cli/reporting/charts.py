@@ -419,7 +419,7 @@ def win_rate_title(group: Group, name: str) -> str:
 
 # --------------------------------------------------------------------------------------------- the figures
 
-FRONT_LINES = {"exact front": [1, 0], "threshold": [6, 4], "to the optimum of (P)": [1.5, 2.5], "runs' front": [1, 0]}
+FRONT_LINES = {"exact front": [1, 0], "threshold": [6, 4], "to the optimum of (P)": [1.5, 2.5]}
 
 
 def fronts(group: Group) -> Figure:
@@ -435,10 +435,17 @@ def fronts(group: Group) -> Figure:
         more.append("Filled: no other run is at least as good in every objective and better in one; hollow: one is.")
     if group.exact:
         more.append("Crosses: the exact optimum at a run's thresholds and τ. Star: the reference model.")
-    if exact_front(group) is not None:
+    front = exact_front(group)
+    edges: list[list[Spec]] = [[] for _ in pairs]
+    if front is not None:
+        edges = [_edge(front[:, [j, i]], _front_span(group, j), _front_span(group, i)) for i, j in pairs]
+    if any(edges):
         more.append("The exact front is that of all policies whatever their KL" + (
             ", for these two objectives alone." if len(group.names) > 2 else "."))  # fmt: skip
-    panels = [_pair(group, j, i) for i, j in pairs]
+    shown = (any(edges), any(_asked(group, name) for name in group.names), group.exact and len(group.ended) <= MANY)
+    kinds = [kind for kind, there in zip(FRONT_LINES, shown, strict=True) if there]
+    dashed = {kind: dashes(kinds, FRONT_LINES, kind) for kind in kinds}
+    panels = [_pair(group, j, i, edge, dashed) for (i, j), edge in zip(pairs, edges, strict=True)]
     shared = ("fill", "shape", "strokeDash")
     return Figure("fronts", "Pareto fronts", " ".join(more), panels, shared, height=280)
 
@@ -454,31 +461,26 @@ def exact_front(group: Group) -> np.ndarray | None:
         return None
 
 
-def _pair(group: Group, across: int, up: int) -> Spec:
+def _pair(group: Group, across: int, up: int, edge: list[Spec], dashed: Mapping[str, Spec]) -> Spec:
     names, ended = group.names, group.ended
     x_domain, y_domain = _front_span(group, across), _front_span(group, up)
     x = quantity(f"x{across}", win_rate_title(group, names[across]), x_domain)
     y = quantity(f"x{up}", win_rate_title(group, names[up]), y_domain)
-    kinds = ["threshold"] if any(_asked(group, names[k]) for k in (across, up)) else []
     layers: list[Spec] = []
     for k, axis, domain in ((across, "x", x_domain), (up, "y", y_domain)):
         floor = _common_floor(group, names[k])
         if floor is not None and floor > domain[0]:
             layers.append(_shade(**{axis: domain[0], f"{axis}2": min(floor, domain[1])}))
-    front = exact_front(group)
-    linked = group.exact and len(ended) <= MANY
-    kinds = [*(["exact front"] if front is not None else []), *kinds, *(["to the optimum of (P)"] if linked else [])]
-    dashed = {kind: dashes(kinds, FRONT_LINES, kind) for kind in kinds}
     for k, axis in ((across, "x"), (up, "y")):
         for b in _asked(group, names[k])[:6]:
             encoding = {axis: {"datum": b, "type": "quantitative"}, "strokeDash": dashed["threshold"]}
             layers.append({"data": {"values": [{}]}, "mark": {"type": "rule", "color": BAD, "opacity": 0.75},
                            "encoding": encoding})  # fmt: skip
-    if front is not None:
-        layers.append(_front_line(front[:, [across, up]], x, y, dashed["exact front"]))
+    if edge:
+        layers.append(_front_line(edge, x, y, dashed["exact front"]))
     tint = stroke(group)
     present = {"filter": f"isValid(datum.x{across}) && isValid(datum.x{up})"}
-    if linked:
+    if "to the optimum of (P)" in dashed:
         layers += _links(across, up, x, y, tint, dashed["to the optimum of (P)"])
     bars = visible(_faintness(group))
     layers += [
@@ -515,14 +517,16 @@ def _front_span(group: Group, k: int) -> tuple[float, float]:
     return span(values)
 
 
-def _front_line(points: np.ndarray, x: Spec, y: Spec, dash: Spec) -> Spec:
-    """The upper right edge of what mixtures of (m, 2) points reach, as far as the panel shows it."""
-    edge = pareto.upper_edge(points)
-    (left, right), (bottom, top) = x["scale"]["domain"], y["scale"]["domain"]
-    fine = np.linspace(left, right, 80)
-    height = np.interp(fine, edge[:, 0], edge[:, 1], left=edge[0, 1], right=np.nan)
-    rows = [{"x": round(float(a), 5), "y": round(float(b), 5)} for a, b in zip(fine, height, strict=True)
-            if np.isfinite(b) and bottom <= b <= top]  # fmt: skip
+def _edge(points: np.ndarray, across: Sequence[float], up: Sequence[float]) -> list[Spec]:
+    """The upper right edge of what mixtures of (m, 2) points reach, as far as a panel with these ranges shows it."""
+    corners = pareto.upper_edge(points)
+    fine = np.linspace(*across, 80)
+    height = np.interp(fine, corners[:, 0], corners[:, 1], left=corners[0, 1], right=np.nan)
+    rows = zip(fine.tolist(), height.tolist(), strict=True)
+    return [{"x": round(x, 5), "y": round(y, 5)} for x, y in rows if up[0] <= y <= up[1]]
+
+
+def _front_line(rows: list[Spec], x: Spec, y: Spec, dash: Spec) -> Spec:
     return {
         "data": {"values": rows},
         "mark": {"type": "line", "color": INK, "strokeWidth": 1.4},
