@@ -34,6 +34,11 @@ COMMANDS = {
         "train at every point of a grid, here or on a cluster, and collect results.csv",
         "mopo sweep tau=0.1,0.5,1.0 beta=0.95,0.99",
     ),
+    "report": Command(
+        "mopo_cli.report",
+        "one page of a run, a sweep, or any runs: fronts, trajectories, samples, tables",
+        "mopo report runs=[outputs/train/a,'outputs/sweep/x/runs/*']",
+    ),
     "data": Command(
         "mopo_cli.data_report",
         "what is in a data set: labels, ties, lengths, agreement of objectives",

@@ -40,6 +40,7 @@ class ObjectiveConfig:
     threshold: float | None = None
     computed: Any = None  # {_target_: a scorer (prompt, response, context) -> float}
     margin: float = 0.0
+    worst: float = 0.0  # the win rate from which `mopo report` counts hypervolume
 
 
 @dataclass
@@ -274,6 +275,21 @@ class SampleConfig:
     compare: int = 8
     model: ModelConfig = field(default_factory=ModelConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    seed: int = 0
+    debug: bool = False
+
+
+@dataclass
+class ReportConfig:
+    """What `mopo report` runs on: a run, a sweep, or any runs; the newest where all are null."""
+
+    run: str | None = None
+    sweep: str | None = None
+    runs: list[str] | None = None  # directories, or patterns of them
+    out: str | None = None  # where a comparison of runs goes
+    samples: int = 20  # prompts shown side by side
+    bootstrap: int = 500
+    figures: bool = True  # PNG and SVG of each figure, too
     seed: int = 0
     debug: bool = False
 
@@ -549,6 +565,15 @@ def check_sampling(config: SamplingConfig) -> None:
     _require(longest is None or longest >= 1, "sampling.max_new_tokens", longest, "1 or more, or null")
 
 
+def check_report(config: ReportConfig) -> None:
+    """Raise UserError where a value of `mopo report` is out of range, or more than one thing is asked for."""
+    given = [key for key in ("run", "sweep", "runs") if getattr(config, key) is not None]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)}: give one of run=, sweep= and runs=[...]")
+    for key in ("samples", "bootstrap"):
+        _require(getattr(config, key) >= 0, key, getattr(config, key), "0 or more")
+
+
 def check_synthetic(config: SyntheticConfig) -> None:
     """Raise UserError where a value of `mopo synthetic` is out of range."""
     _require(bool(config.structures), "structures", config.structures, "at least one preference structure")
@@ -577,6 +602,7 @@ def check_objectives(objectives: dict[str, ObjectiveConfig]) -> None:
                 0 < objective.threshold < 1, f"{key}.threshold", objective.threshold, "a win rate in (0, 1), or null"
             )
         _require(objective.margin >= 0, f"{key}.margin", objective.margin, "0 or more")
+        _require(0 <= objective.worst < 1, f"{key}.worst", objective.worst, "a win rate in [0, 1)")
     primaries = [name for name, objective in objectives.items() if objective.role == "primary"]
     if len(primaries) != 1:
         found = f"{len(primaries)} ({', '.join(primaries)})" if primaries else "none"

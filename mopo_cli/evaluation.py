@@ -14,7 +14,7 @@ from rich.table import Table
 from scipy.special import logsumexp
 from torch import nn
 
-from mopo_cli import oracle
+from mopo_cli import oracle, pareto
 from mopo_cli.config import EvaluationConfig, SamplingConfig
 from mopo_cli.console import say, show
 from mopo_cli.data.assistant import World
@@ -72,6 +72,7 @@ class Exact:
     attainable: dict[str, float]
     reference: dict[str, float]
     support_mass: float  # probability of the world's responses under the policy; win rates are conditional on them
+    front: list[dict[str, float]] = field(default_factory=list)  # vertices of the exact front, whatever the KL
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +217,16 @@ def exact_evaluation(
         attainable=_named(names[1:], best.attainable),
         reference=_named(names, oracle.policy_win_rates(log_reference, win_rates)),
         support_mass=mass,
+        front=[_named(names, point) for point in exact_front(win_rates)],
     )
+
+
+def exact_front(win_rates: np.ndarray) -> np.ndarray:
+    """(m, K) vertices of the front that any policy of the world reaches, for win_rates (N, A, K)."""
+    objectives = win_rates.shape[2]
+    resolution = {1: 1, 2: 40, 3: 12}.get(objectives, 6)
+    points = pareto.front(win_rates, pareto.directions(objectives, resolution))
+    return np.unique(points[pareto.nondominated(points)].round(6), axis=0)
 
 
 def _listed(
@@ -305,3 +315,5 @@ def show_results(evaluation: Evaluation, exact: Exact | None, run: RunDirectory)
     say(f"model          {run.model}")
     for path in sorted(run.figures.glob("*.png")):
         say(f"figure         {path}")
+    if run.report.exists():
+        say(f"report         {run.report}")

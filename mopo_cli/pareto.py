@@ -1,10 +1,15 @@
 """Fronts in win rates: what any policy reaches, how far a point lies from it, and the volume it dominates.
 
 The win rates that policies reach form a convex set (a mixture of two policies reaches the mixture of their win rates),
-so the exact front is that of a linear programme, and volumes are those of polytopes.
+so the exact front is that of a linear programme, and volumes are those of polytopes. Runs that were made are a finite
+set: nobody mixes them, so theirs are non-dominated points, staircase volumes and distances, computed by moocore.
+All objectives are maximised.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.spatial import ConvexHull
@@ -51,3 +56,81 @@ def dominated_volume(points: np.ndarray, reference: np.ndarray) -> float:
     if np.any(hull.max(axis=0) <= reference):
         return 0.0
     return float(ConvexHull(hull, qhull_options="QJ Pp" if objectives > 2 else "").volume)
+
+
+# --------------------------------------------------------------------------------------------- a finite set of runs
+
+Prompts = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One number of a set of runs, with its 95 % interval where the runs' samples give one."""
+
+    value: float
+    ci95: tuple[float, float] | None = None
+
+
+def nondominated(points: np.ndarray) -> np.ndarray:
+    """(n,) whether no other of the (n, K) points is at least as good in every objective and better in one."""
+    import moocore
+
+    return moocore.is_nondominated(np.asarray(points, np.float64), maximise=True, keep_weakly=True)
+
+
+def hypervolume(points: np.ndarray, reference: np.ndarray) -> float:
+    """Volume above `reference` (K,) that is dominated by one of the (n, K) points at least."""
+    import moocore
+
+    return float(moocore.hypervolume(np.asarray(points, np.float64), ref=reference, maximise=True))
+
+
+def igd_plus(points: np.ndarray, front: np.ndarray) -> float:
+    """IGD+ of (n, K) points: by how much, in win rate, they fall short of a point of the (m, K) front on average.
+
+    Source: Ishibuchi, Masuda, Tanigaki, Nojima, *Modified distance calculation in GD and IGD*, 2015.
+    """
+    import moocore
+
+    return float(moocore.igd_plus(np.asarray(points, np.float64), ref=np.asarray(front, np.float64), maximise=True))
+
+
+def upper_edge(points: np.ndarray) -> np.ndarray:
+    """(e, 2) corners of the upper right edge of what mixtures of (n, 2) points reach, by the first column."""
+    low = points.min(axis=0) - 1.0  # so far down that the hull has an area whatever the points are
+    corners = np.array([low, [low[0], points[:, 1].max()], [points[:, 0].max(), low[1]]])
+    cloud = np.concatenate([points, corners])
+    hull = cloud[ConvexHull(cloud).vertices]
+    edge = hull[nondominated(hull)]
+    return edge[np.argsort(edge[:, 0])]
+
+
+def resample(runs: Sequence[tuple[Prompts, np.ndarray]], draws: int, seed: int) -> np.ndarray:
+    """(draws, n, K) win rates of n runs, prompts drawn anew; a run is its prompts and (P, K) win rates on them.
+
+    Runs on the same prompts share the draw, as they share the luck of the prompts they were asked.
+    """
+    means = np.empty((draws, len(runs), runs[0][1].shape[1]))
+    groups: dict[Prompts, list[int]] = {}
+    for i, (prompts, _) in enumerate(runs):
+        groups.setdefault(prompts, []).append(i)
+    rng = np.random.default_rng(seed)
+    for prompts, members in groups.items():
+        count = len(prompts)
+        weights = rng.multinomial(count, np.full(count, 1 / count), size=draws) / count  # (draws, P)
+        values = np.concatenate([runs[i][1] for i in members], axis=1)  # (P, members * K)
+        means[:, members] = (weights @ values).reshape(draws, len(members), -1)
+    return means
+
+
+def measured(number: Callable[[np.ndarray], float], points: np.ndarray, redrawn: np.ndarray | None) -> Measured:
+    """A number of (n, K) points with its basic bootstrap interval from (draws, n, K) redrawn ones.
+
+    Basic (reflected), not percentile: the best of noisy points looks better than it is, by as much again in every
+    redrawn set, so that percentiles of a hypervolume lie above the truth; reflected, they lie around it.
+    """
+    value = number(points)
+    if redrawn is None:
+        return Measured(value)
+    low, high = np.quantile([number(drawn) for drawn in redrawn], [0.025, 0.975])
+    return Measured(value, (float(2 * value - high), float(2 * value - low)))

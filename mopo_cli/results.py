@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import resource
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -83,6 +84,7 @@ def finish(
     publish(tracker, evaluation, figures, signs, summary)
     write_json(run.summary, summary)
     run.set_state(state, step=alignment.steps_done)
+    write_report(run)
     sync = tracker.finish()
     for text in signs:
         warn(text) if not text.startswith("note") else say(text)
@@ -90,6 +92,16 @@ def finish(
     if sync:
         say(f"upload to Weights & Biases: {sync}")
     return Outcome(state, summary, evaluation, exact)
+
+
+def write_report(run: RunDirectory) -> None:
+    """report.html. The run has ended well even where its page cannot be made; that is said."""
+    from mopo_cli.report import write_run_report
+
+    try:
+        write_run_report(run)
+    except Exception as error:
+        warn(f"no report.html ({type(error).__name__}: {error}); once mended: mopo report \"run='{run.path}'\"")
 
 
 def facts(
@@ -166,7 +178,7 @@ def summarise(
             "transformers": transformers.__version__,
         },
         "seed": config.seed,
-        "command": " ".join(["mopo", *sys.argv[1:]]),
+        "command": shlex.join(["mopo", *sys.argv[1:]]),
     }
 
 

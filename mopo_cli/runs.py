@@ -127,6 +127,10 @@ class RunDirectory:
     def figures(self) -> Path:
         return self.path / "figures"
 
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
     def state(self) -> str | None:
         """The state that status.json tells; None where there is no such file, UserError where it is no status."""
         if not self.status.exists():

@@ -481,7 +481,7 @@ class TestConfigs:
         assert len(config) == self.OBJECTIVES[name]
         assert sorted(node.role for node in config.values())[:2] == ["primary", "secondary"]
         for node in config.values():
-            assert set(node) == {"role", "source", "threshold", "computed", "margin"}
+            assert set(node) == {"role", "source", "threshold", "computed", "margin", "worst"}
             assert node.computed is None or callable(get_method(node.computed["_target_"]))
 
     @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""The report: what it knows of runs, the figures it draws, and the page it becomes."""
