@@ -34,7 +34,16 @@ from mopo_cli.grid import (
 from mopo_cli.launchers import Pool, apart
 from mopo_cli.processes import alone
 from mopo_cli.runs import RunDirectory, check_place, check_same_settings, locked, open_run
-from mopo_cli.sweep_results import Record, draw, earlier_runs, publish, record_of, with_every_key, write_results
+from mopo_cli.sweep_results import (
+    Record,
+    draw,
+    earlier_runs,
+    publish,
+    record_of,
+    with_every_key,
+    write_page,
+    write_results,
+)
 from mopo_cli.sweep_view import Board, Line, show_plan, show_results
 from mopo_cli.worker import ENDED, Task, forget, log_of
 
@@ -301,6 +310,8 @@ class Sweep:
         say(f"results        {self.directory / 'results.csv'}")
         for path in figures:
             say(f"figure         {path}")
+        if ended and self.board.count:
+            say(apart(write_page, self.directory))
         if failed:
             say(f"log            {self.directory / 'runs' / '*' / 'log.txt'}")
             say(f"{len(failed)} of {self.points.total} runs have not ended well; go on with: {again}")

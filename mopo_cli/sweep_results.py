@@ -204,6 +204,17 @@ def draw(runs: Sequence[tuple[dict[str, str], Path]], directory: Path) -> list[P
     return draw_sweep(alike, directory / "figures") if alike else []
 
 
+def write_page(directory: Path) -> str:
+    """The sweep's report.html; what to say of it. A sweep has ended well even where its page cannot be made."""
+    from mopo_cli.report import write_sweep_report
+
+    try:
+        return f"report         {write_sweep_report(directory)}"
+    except Exception as error:
+        again = f"mopo report \"sweep='{directory}'\""
+        return f"no report.html ({type(error).__name__}: {error}); once mended: {again}"
+
+
 def swept(varying: dict[str, str], run: RunDirectory) -> Swept:
     """What a figure needs to know of a finished run."""
     from mopo_cli.figures import Swept

@@ -132,7 +132,7 @@ class TestRefusedArguments:
     @pytest.mark.parametrize(
         ("arguments", "told"),
         [
-            (["trian"], "trian: no such command; allowed: train, eval, sweep, data"),
+            (["trian"], "trian: no such command; allowed: train, eval, sweep, report, data"),
             (["train", "--tau", "0.1"], "--tau: no such option; see mopo --help"),
             (["train", "--cfg", "hydra"], "--cfg hydra: allowed is --cfg job"),
             (["train", "--cfg"], "--cfg : allowed is --cfg job"),
