@@ -75,7 +75,7 @@ class Stage:
         if done != self.counted:
             self.counted, self.rows, self.since = done, 0, now
         self.rows += rows
-        text = f"{self.rows:,} rows {done}  {self.rows / max(now - self.since, 1e-9):,.0f} rows/s"
+        text = f"{self.rows:,} rows {done}  {self.rows / max(now - self.since, 0.1):,.0f} rows/s"
         if self.progress is not None and self.task is not None:
             self.progress.update(self.task, numbers=text)
         elif not self.quiet and now - self.printed >= PLAIN_EVERY:

@@ -137,6 +137,7 @@ class Encoder:
     def table(self, examples: Sequence[Example]) -> TokenTable:
         """The row of every example, however long: `row` of each, in blocks, each text of a block once."""
         built = TableBuilder()
+        count_rows(0, "encoded")
         for start in range(0, len(examples), BLOCK_ROWS):
             block = examples[start : start + BLOCK_ROWS]
             pieces = [piece for example in block for piece in self._pieces(example)]
