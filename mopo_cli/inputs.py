@@ -26,7 +26,7 @@ from mopo_cli.runs import RunDirectory
 from mopo_cli.types import Example, PreferenceData
 
 LONG = 128  # tokens of a row, on average, from which attention to each apart beats padding; not on a GPU
-TEXT = 8_000_000  # characters, at most, that a tokenizer is trained on
+TEXT = 5_000_000  # characters, at most, that a tokenizer is trained on
 
 
 @dataclass
