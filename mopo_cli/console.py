@@ -78,7 +78,7 @@ class Stage:
         text = f"{self.rows:,} rows {done}  {self.rows / max(now - self.since, 0.1):,.0f} rows/s"
         if self.progress is not None and self.task is not None:
             self.progress.update(self.task, numbers=text)
-        elif not self.quiet and now - self.printed >= PLAIN_EVERY:
+        elif rows and not self.quiet and now - self.printed >= PLAIN_EVERY:
             self.printed = now
             _write(f"{self.name}: {text}")
 
