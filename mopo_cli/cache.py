@@ -1,4 +1,5 @@
-"""Fitted stages, kept by content: the same data, tokenizer, weights and settings are never fitted twice."""
+"""Fitted stages and encoded rows, kept by content: nothing is fitted or encoded twice from the same data, tokenizer,
+weights and settings."""
 
 from __future__ import annotations
 
@@ -11,8 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+import tokenizers
 import torch
 import transformers
 from accelerate import Accelerator
@@ -20,10 +23,17 @@ from torch import Tensor, nn
 
 from mopo_cli import __version__
 from mopo_cli.config import TrainConfig
-from mopo_cli.data.tokens import Collator, TokenRow
-from mopo_cli.inputs import Inputs
+from mopo_cli.console import say, warn
+from mopo_cli.data.table import TokenTable
+from mopo_cli.data.tokens import Collator, Encoder, TokenRow
 from mopo_cli.models.logprobs import all_logps
 from mopo_cli.processes import agree
+from mopo_cli.types import Example
+
+if TYPE_CHECKING:
+    from mopo_cli.inputs import Inputs
+
+WORTH_KEEPING = 8_000_000  # characters of prompts and responses, below which encoding them anew is as fast
 
 
 def reference_key(config: TrainConfig, inputs: Inputs) -> str:
@@ -88,7 +98,7 @@ def weights_hash(model: nn.Module) -> str:
 
 def _texts(inputs: Inputs, parts: Sequence[str]) -> str:
     """Of the token rows: data, tokenizer and template in one."""
-    return " ".join(_rows_hash(inputs.tokens[name]) for name in parts)
+    return " ".join(inputs.tokens[name].digest() for name in parts)
 
 
 def _rows_hash(rows: Sequence[TokenRow]) -> str:
@@ -110,6 +120,38 @@ def _held(root: Path, key: str) -> Iterator[None]:
     with open(root / f".{key}.lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def encoded(root: str | None, encoder: Encoder, examples: Sequence[Example]) -> TokenTable:
+    """The token rows of all examples: encoded, or mapped from root where the same texts have been encoded before.
+
+    Small data, and what a tokenizer without a serial form makes, are encoded each time.
+    """
+    size = sum(len(str(text)) for example in examples for text in (example.prompt, *example.responses))
+    if root is None or size < WORTH_KEEPING or not encoder.tokenizer.is_fast:
+        return encoder.table(examples)
+    path = Path(root).expanduser() / tokens_key(encoder, examples)
+    try:
+        with _held(path.parent, path.name):
+            if not path.is_dir():
+                encoder.table(examples).save(path)
+            else:
+                say(f"tokens: from {path}")
+        return TokenTable.load(path)
+    except OSError as error:
+        warn(f"cache={root}: encoded rows cannot be kept there ({error.strerror or error})")
+        return encoder.table(examples)
+
+
+def tokens_key(encoder: Encoder, examples: Sequence[Example]) -> str:
+    """What the encoded rows depend on, whichever of them fit the context."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(repr((example.prompt, example.responses)).encode("utf-8", "surrogatepass"))
+    tokenizer = encoder.tokenizer
+    about = tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map  # type: ignore[attr-defined]
+    settings = encoder.chat_template, type(tokenizer).__name__, tokenizers.__version__
+    return f"tokens-{_key(about, settings, digest.hexdigest())}"
 
 
 def fitted(

@@ -59,6 +59,7 @@ class Stage:
         # A stage of one step has nothing to count: its bar only shows that it is alive.
         known = total if total > 1 else None
         self.task = progress.add_task(name, total=known, completed=start, numbers="") if progress else None
+        self.counted, self.rows, self.since = "", 0, self.started
 
     def advance(self, done: int, **numbers: float) -> None:
         if follower is not None:
@@ -73,10 +74,45 @@ class Stage:
             left = (self.total - done) * (now - self.started) / max(done - self.start, 1)
             _write(f"{self.name}: {done}/{self.total}  {text}  eta {clock(left)}")
 
+    def count(self, rows: int, done: str) -> None:
+        """So many rows more have been read, say; nobody knows yet how many there are."""
+        now = time.monotonic()
+        if done != self.counted:
+            self.counted, self.rows, self.since = done, 0, now
+        self.rows += rows
+        text = f"{self.rows:,} rows {done}  {self.rows / max(now - self.since, 0.1):,.0f} rows/s"
+        if self.progress is not None and self.task is not None:
+            self.progress.update(self.task, numbers=text)
+        elif rows and not self.quiet and now - self.printed >= PLAIN_EVERY:
+            self.printed = now
+            _write(f"{self.name}: {text}")
+
+
+_open: list[Stage] = []  # the stage that runs now
+
+
+def count_rows(rows: int, done: str = "read") -> None:
+    """Tells the stage that runs now, if there is one, what has been done to so many rows more."""
+    if _open:
+        _open[-1].count(rows, done)
+
 
 @contextmanager
-def stage(name: str, total: int, start: int = 0) -> Iterator[Stage]:
-    """One stage of a run, from step `start`; says what it is when it starts and how long it took when it ends."""
+def stage(name: str, total: int, start: int = 0, brief: bool = False) -> Iterator[Stage]:
+    """One stage of a run, from step `start`; says what it is when it starts and how long it took when it ends.
+
+    A brief one is not worth these lines where nobody watches; it still says how far it is, every PLAIN_EVERY seconds.
+    """
+    with _shown(name, total, start, brief) as running:
+        _open.append(running)
+        try:
+            yield running
+        finally:
+            _open.pop()
+
+
+@contextmanager
+def _shown(name: str, total: int, start: int, brief: bool) -> Iterator[Stage]:
     if follower is not None:
         follower(name, start, total)
     if not is_main():
@@ -90,10 +126,12 @@ def stage(name: str, total: int, start: int = 0) -> Iterator[Stage]:
         with Progress(*columns, console=console) as progress:
             yield Stage(name, total, progress, start)
     else:
-        _write(f"{name}: started")
         running = Stage(name, total, start=start)
+        if not brief:
+            _write(f"{name}: started")
         yield running
-        _write(f"{name}: done in {time.monotonic() - running.started:.1f}s")
+        if not brief:
+            _write(f"{name}: done in {time.monotonic() - running.started:.1f}s")
 
 
 def say(text: str) -> None:

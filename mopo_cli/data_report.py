@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mopo_cli import config, runs
-from mopo_cli.console import console, say, warn
+from mopo_cli.console import console, say, stage, warn
 from mopo_cli.data import prepare
 from mopo_cli.data.description import (
     CONFLICT,
@@ -42,7 +42,9 @@ def command(composed: DictConfig) -> int:
     """Load the data set, describe it, print that, and write it as JSON where asked; returns the exit status."""
     cfg: config.DataConfig = config.typed(composed, config.DataConfig)
     target = _json_target(cfg.json)
-    found = describe(prepare.load(cfg.dataset, cfg.objectives))
+    with stage("data", 1, brief=True) as progress:
+        found = describe(prepare.load(cfg.dataset, cfg.objectives))
+        progress.advance(1)
     notes, warnings = notes_of(found), warnings_of(found)
     show(found)
     for text in notes:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from mopo_cli import cache
 from mopo_cli.algorithms.mopo import Mopo
 from mopo_cli.config import TrainConfig
 from mopo_cli.console import say, stage, warn
 from mopo_cli.data.prepare import as_text, build, load
-from mopo_cli.data.tokens import Collator, Encoder, TokenRow, row_length
+from mopo_cli.data.table import TokenTable
+from mopo_cli.data.tokens import Collator, Encoder
 from mopo_cli.errors import UserError
 from mopo_cli.judging import JudgedRows, judge_rows
 from mopo_cli.models.attention import attend_by_rows
@@ -24,6 +26,7 @@ from mopo_cli.runs import RunDirectory
 from mopo_cli.types import Example, PreferenceData
 
 LONG = 128  # tokens of a row, on average, from which attention to each apart beats padding; not on a GPU
+TEXT = 5_000_000  # characters, at most, that a tokenizer is trained on
 
 
 @dataclass
@@ -35,7 +38,7 @@ class Inputs:
     encoder: Encoder
     policy: nn.Module
     collate: Collator
-    tokens: dict[str, list[TokenRow]]
+    tokens: dict[str, TokenTable]
     examples: dict[str, list[Example]]
     method: Mopo
 
@@ -50,10 +53,7 @@ def prepare_inputs(config: TrainConfig, run: RunDirectory | None = None) -> Inpu
             tokenizer = AutoTokenizer.from_pretrained(run.model)
         policy = load_policy(config.model, tokenizer, config.seed)
         encoder = Encoder(tokenizer, config.model.max_length, config.model.chat_template)
-        encoded = {
-            name: encoder.rows(getattr(data, name), str(config.dataset.get("overlong") or "error"))
-            for name in ("train", "heldout", "test")
-        }
+        encoded = {name: _encoded(config, encoder, getattr(data, name)) for name in ("train", "heldout", "test")}
         method = build_method(config, data.names, data.thresholds)
         progress.advance(1)
     for name, (rows, _) in encoded.items():
@@ -72,7 +72,7 @@ def prepare_inputs(config: TrainConfig, run: RunDirectory | None = None) -> Inpu
         say(f"{name}: its attention takes no packed mask; each response is encoded behind a prompt of its own")
     check_budget(config.token_budget, encoded)
     rows = encoded["train"][0]
-    long = sum(map(row_length, rows)) > LONG * len(rows)
+    long = int(rows.lengths.sum()) > LONG * len(rows)
     on_cpu = not torch.cuda.is_available()
     apart = packed and long and on_cpu and not config.model.compile and attend_by_rows(policy)
     return Inputs(
@@ -87,11 +87,11 @@ def prepare_inputs(config: TrainConfig, run: RunDirectory | None = None) -> Inpu
     )
 
 
-def check_budget(budget: int | None, encoded: dict[str, tuple[list[TokenRow], list[Example]]]) -> None:
+def check_budget(budget: int | None, encoded: dict[str, tuple[TokenTable, list[Example]]]) -> None:
     """UserError where a row alone is above the token budget; it names the longest."""
     for rows, examples in encoded.values():
-        longest = max(range(len(rows)), key=lambda i: row_length(rows[i]))
-        size = row_length(rows[longest])
+        longest = int(rows.lengths.argmax())
+        size = int(rows.lengths[longest])
         if budget is not None and size > budget:
             row = rows[longest]
             raise UserError(
@@ -101,10 +101,21 @@ def check_budget(budget: int | None, encoded: dict[str, tuple[list[TokenRow], li
             )
 
 
-def texts_of(examples: Sequence[Example]) -> list[str]:
-    """What a tokenizer trained on the data sees: prompts as they are rendered, and responses."""
-    texts = [as_text(example.prompt) + "\n" for example in examples]
-    return texts + [as_text(response) for example in examples for response in example.responses]
+def _encoded(config: TrainConfig, encoder: Encoder, examples: Sequence[Example]) -> tuple[TokenTable, list[Example]]:
+    overlong = str(config.dataset.get("overlong") or "error")
+    return encoder.fitting(cache.encoded(config.cache, encoder, examples), examples, overlong)
+
+
+def texts_of(examples: Sequence[Example]) -> Iterator[str]:
+    """What a tokenizer trained on the data sees: prompts as they are rendered, and responses.
+
+    Of much text it sees every second example, or every third and so on: its words are known long before the end, and
+    training takes time and memory in proportion.
+    """
+    size = sum(len(str(text)) for example in examples for text in (example.prompt, *example.responses))
+    examples = examples[:: -(-size // TEXT) or 1]
+    yield from (as_text(example.prompt) + "\n" for example in examples)
+    yield from (as_text(response) for example in examples for response in example.responses)
 
 
 def build_method(config: TrainConfig, names: tuple[str, ...], thresholds: tuple[float | None, ...]) -> Mopo:

@@ -26,7 +26,7 @@ class JudgedRows:
 
     objectives: Sequence[Objective]
     examples: Sequence[Example]
-    tokens: list[TokenRow]
+    tokens: Sequence[TokenRow]
     features: list[Tensor]  # (G, K, D) preference features of the data's responses
     win_rates: list[Tensor]  # (G, K) leave-one-out p_bar of the data's responses
 
@@ -35,7 +35,7 @@ def judge_rows(
     model: PreferenceModel,
     objectives: Sequence[Objective],
     examples: Sequence[Example],
-    tokens: list[TokenRow],
+    tokens: Sequence[TokenRow],
     collate: Collator,
     labels: str,
 ) -> JudgedRows:

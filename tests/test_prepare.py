@@ -237,11 +237,30 @@ class TestSplit:
 
 
 class TestKeys:
-    def test_max_rows_reads_the_first_rows_only(self, load: Callable[..., PreferenceData]):
-        data = load(corpus(many(300), test=many(80)), max_rows=60)
-        assert len(data.train) + len(data.heldout) == 60
-        assert prompts((*data.train, *data.heldout)) == {f"Q{i}" for i in range(60)}
-        assert len(data.test) == 60
+    def test_max_rows_takes_a_sample_that_does_not_depend_on_the_order_of_rows(
+        self, load: Callable[..., PreferenceData]
+    ):
+        rows = many(300)
+        data = load(corpus(rows, test=many(80)), max_rows=60)
+        taken = [*data.train, *data.heldout]
+        assert len(taken) == len(data.test) == 60
+        assert prompts(taken) != {f"Q{i}" for i in range(60)}
+        assert data.provenance["sample"] == "60 of 300 rows, a fixed sample (dataset.max_rows)"
+        assert data.provenance["test_sample"] == "60 of 80 rows, a fixed sample (dataset.max_rows)"
+        random.Random(0).shuffle(rows)
+        assert prompts([*(again := load(corpus(rows), max_rows=60)).train, *again.heldout, *again.test]) == prompts(
+            taken
+        )
+
+    def test_fewer_rows_than_max_rows_are_all_taken_in_their_order(self, load: Callable[..., PreferenceData]):
+        everything, bounded = load(corpus(many(300))), load(corpus(many(300)), max_rows=300)
+        assert (bounded.train, bounded.heldout, bounded.test) == (everything.train, everything.heldout, everything.test)
+        assert "sample" not in bounded.provenance
+
+    def test_the_sample_leaves_the_shares_of_the_splits_alone(self, load: Callable[..., PreferenceData]):
+        data = load(corpus(many(20_000)), max_rows=2000, heldout_fraction=0.2, test_fraction=0.1)
+        for part, share in ((data.train, 0.7), (data.heldout, 0.2), (data.test, 0.1)):
+            assert abs(len(part) - 2000 * share) < 4 * math.sqrt(2000 * share * (1 - share))
 
     @pytest.mark.parametrize("rows", [0, -1, 2.5, "many", True])
     def test_max_rows_is_a_positive_number(self, load: Callable[..., PreferenceData], rows: Any):

@@ -197,16 +197,20 @@ def _examples(world: World, prompts: list[Prompt], rows: int, responses: int, se
         yield Example(prompt.text, tuple(texts), pairs, tuple(labels), source=f"assistant:{row + 1}")
 
 
-def assistant(rows: int = 12000, responses: int = 4, cyclic: bool = False, data_seed: int = 0) -> Corpus:
+def assistant(
+    rows: int = 12000, responses: int = 4, cyclic: bool = False, data_seed: int = 0, max_rows: int | None = None
+) -> Corpus:
     """The embedded world as a corpus.
 
     `rows` training rows of `responses` responses each, drawn from mu; every pair gets one sampled 0/1 label per
     objective. `cyclic` adds the objective `tone`, which no score can express. The same arguments give the same data.
+    Of rows that are drawn at random the first `max_rows` are a sample; no more are drawn, and no more test rows.
     """
     rng = np.random.default_rng(data_seed)
     train, test = split_prompts(rng)
     rng.shuffle(train)  # type: ignore[arg-type]
     objectives = (*SCORED, CYCLIC) if cyclic else SCORED
+    rows, tested = (count if max_rows is None else min(count, max_rows) for count in (rows, len(test)))
     world = World(objectives, {p.text: p.topic for p in (*train, *test)})
     provenance = {
         "corpus": "the embedded world (mopo_cli/data/assistant.py)",
@@ -219,7 +223,7 @@ def assistant(rows: int = 12000, responses: int = 4, cyclic: bool = False, data_
     return Corpus(
         objectives,
         _examples(world, train, rows, responses, data_seed + 1),
-        _examples(world, test, len(test), responses, data_seed + 2),
+        _examples(world, test, tested, responses, data_seed + 2),
         provenance,
         world,
     )

@@ -15,11 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from mopo_cli.data.readers import Rows, is_local, read_rows, split_names
-from mopo_cli.data.rows import example_from_row, is_pair_row, objectives_of_row, split_transcripts, undeclared_chosen
+from mopo_cli.data.rows import (
+    example_from_row,
+    is_pair_row,
+    objectives_of_row,
+    prompt_of_row,
+    split_transcripts,
+    undeclared_chosen,
+)
+from mopo_cli.data.sample import Sample
 from mopo_cli.errors import UserError
 from mopo_cli.types import Corpus, Example, Message, Text
 
 Row = dict[str, Any]
+Found = tuple[str, Row]  # where, and what
 
 ULTRAFEEDBACK_ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
 HELPSTEER2_ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
@@ -41,13 +50,16 @@ def pairs(
     margins: Mapping[str, float] | None = None,
     objectives: Sequence[str] | None = None,
     invalid: str = "error",
+    max_rows: int | None = None,
 ) -> Corpus:
     """The user's own rows in the contract's formats (mopo_cli.data.rows): list rows or pair rows, JSON or Parquet.
 
     I comes from labels, from per-objective columns, from scores (a difference of at most margins[objective] is a tie),
-    and for the objective `chosen_means` from `chosen`. objectives: which ones to read, in which order; null reads the
-    file once more to find all that it carries. test_path: a test set in the same formats; null takes the test (or
-    validation) split, where `path` is a directory or hub id that has one.
+    and for the objective `chosen_means` from `chosen`. objectives: which ones to read, in which order; null finds all
+    that the rows carry. test_path: a test set in the same formats; null takes the test (or validation) split, where
+    `path` is a directory or hub id that has one. max_rows: take a fixed sample of so many rows, and of as many test
+    rows, where there are more (mopo_cli.data.sample); null streams all of them, reading the file once more to find
+    its objectives.
 
     Raises UserError where `path` is missing, where nothing says what `chosen` means, and during iteration for a row
     that breaks the contract; invalid="drop" leaves such rows out and counts them in Corpus.provenance["skipped"].
@@ -59,14 +71,21 @@ def pairs(
             "dataset.path is missing: set dataset.path=<file> to a .jsonl or .parquet file (or a directory, or a hub "
             "id) with your preference rows"
         )
-    train, test = _train_and_test(path, "test", "validation")
-    names = tuple(objectives) if objectives else _carried_objectives(path, chosen_means)
+    samples = None if max_rows is None else (Sample[Found](max_rows), Sample[Found](max_rows))
+    train, test = _train_and_test(path, "test", "validation", samples=samples)
+    notes: Row = {}
+    if not objectives and chosen_means is None:
+        train = _declared(train)
+    taken = _sampled(train, samples[0], notes, "sample") if samples else None
+    names = tuple(objectives) if objectives else _carried_objectives(path, chosen_means, taken)
     ties = _checked_margins(margins or {}, names)
     if chosen_means is not None and chosen_means not in names:
         allowed = ", ".join(names)
         raise UserError(f"dataset.chosen_means={chosen_means}: is not among dataset.objectives; allowed: {allowed}")
     if test_path is not None:
-        test = read_rows(test_path)
+        test = read_rows(test_path, sample=samples and samples[1])
+    if samples is not None and test is not None:
+        test = _drained(_sampled(test, samples[1], notes, "test_sample"))
 
     skipped: dict[str, int] = {}
 
@@ -81,7 +100,35 @@ def pairs(
                 skipped[reason] = skipped.get(reason, 0) + 1
 
     about = {"corpus": "pairs", "path": path, "test_path": test_path, "chosen_means": chosen_means, "margins": ties}
-    return Corpus(names, examples(train), examples(test) if test is not None else None, {**about, "skipped": skipped})
+    train = train if taken is None else _drained(taken)
+    tested = examples(test) if test is not None else None
+    return Corpus(names, examples(train), tested, {**about, **notes, "skipped": skipped})
+
+
+def _declared(rows: Rows) -> Rows:
+    """The rows; UserError where the first of them leaves open what `chosen` means, before the others are read."""
+    for where, row in rows:
+        if is_pair_row(row) and not objectives_of_row(row):
+            raise undeclared_chosen(where)
+        yield where, row
+        yield from rows
+
+
+def _sampled(rows: Rows, sample: Sample[Found], notes: Row, name: str) -> list[Found]:
+    """The rows that the sample takes, with a note of what it left out."""
+    for where, row in rows:
+        sample.add(prompt_of_row(row), (where, row))
+    taken = sample.taken()
+    if sample.note:
+        notes[name] = sample.note
+    return taken
+
+
+def _drained(rows: list[Found]) -> Rows:
+    """The rows in order; each leaves the list, so that it need not stay beside what is made of it."""
+    rows.reverse()
+    while rows:
+        yield rows.pop()
 
 
 def qa_feedback(path: str | None, test_path: str | None = None, passages: bool = False) -> Corpus:
@@ -293,13 +340,18 @@ def _pku_row(row: Row) -> Row:
 
 
 def _train_and_test(
-    path: str, *test_splits: str, data_dir: str | None = None, revision: str | None = None
+    path: str,
+    *test_splits: str,
+    data_dir: str | None = None,
+    revision: str | None = None,
+    samples: tuple[Sample[Any], Sample[Any]] | None = None,
 ) -> tuple[Rows, Rows | None]:
     """The rows of the train split, and of the first of `test_splits` that exists; a single file is all train."""
     splits = split_names(path, data_dir=data_dir, revision=revision)
     test = next((split for split in test_splits if split in splits), None)
-    train = read_rows(path, "train", data_dir=data_dir, revision=revision)
-    return train, read_rows(path, test, data_dir=data_dir, revision=revision) if test else None
+    source = {"data_dir": data_dir, "revision": revision}
+    train = read_rows(path, "train", **source, sample=samples and samples[0])
+    return train, read_rows(path, test, **source, sample=samples and samples[1]) if test else None
 
 
 def _published(
@@ -352,12 +404,11 @@ def _without_blanks(row: Row) -> Row:
     return {**row, "responses": [row["responses"][i] for i in kept], "scores": scores, "labels": labels}
 
 
-def _carried_objectives(path: str, chosen_means: str | None) -> tuple[str, ...]:
-    """Every objective that some training row carries labels for, in order of appearance."""
+def _carried_objectives(path: str, chosen_means: str | None, rows: Iterable[Found] | None) -> tuple[str, ...]:
+    """Every objective that some training row carries labels for, in order of appearance; None reads the path anew."""
     names: dict[str, None] = {} if chosen_means is None else {chosen_means: None}
     where = path
-    train, _ = _train_and_test(path)
-    for where, row in train:
+    for where, row in rows if rows is not None else _train_and_test(path)[0]:
         found = objectives_of_row(row)
         if not found and not names and is_pair_row(row):
             raise undeclared_chosen(where)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
+import inspect
 import itertools
-import json
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +16,8 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from mopo_cli.config import ObjectiveConfig, check_objectives
-from mopo_cli.data.rows import preference
+from mopo_cli.data.rows import preference, text_key
+from mopo_cli.data.sample import Sample
 from mopo_cli.errors import UserError
 from mopo_cli.types import Corpus, Example, Message, Objective, PreferenceData, Scorer, Text
 
@@ -43,21 +46,56 @@ def load(dataset: dict[str, Any], objectives: dict[str, ObjectiveConfig]) -> Pre
     """
     check_objectives(objectives)
     heldout, test = _fractions(dataset)
-    corpus: Corpus = build({k: v for k, v in dataset.items() if k not in COMMON_KEYS}, "dataset")
+    corpus = _corpus(dataset)
     chosen = resolve_objectives(objectives, corpus)
-    rows = dataset.get("max_rows")
-    examples, unlabelled = _select(itertools.islice(corpus.examples, rows), chosen, corpus)
+    examples, unlabelled = _select(corpus.examples, chosen, corpus)
     _check_labels(examples, chosen, "the data", unlabelled)
     if corpus.test is None:
         train, kept, tested = _split(examples, heldout, test)
     else:
         train, kept, _ = _split(examples, heldout, 0.0)
-        tested, more = _select(itertools.islice(corpus.test, rows), chosen, corpus)
+        tested, more = _select(corpus.test, chosen, corpus)
         unlabelled += more
     _check_sizes({"training": train, "held-out": kept, "test": tested}, len(examples))
     _check_labels(train, chosen, "the training rows")
     provenance = {"labels": dataset.get("labels"), **corpus.provenance, **_own_labels(chosen, unlabelled)}
     return PreferenceData(chosen, train, kept, tested, provenance, corpus.world)
+
+
+def _corpus(dataset: dict[str, Any]) -> Corpus:
+    """The corpus with at most dataset.max_rows rows, and as many test rows.
+
+    A function that has the argument max_rows bounds them itself, before it makes examples of them.
+    """
+    node = {key: value for key, value in dataset.items() if key not in COMMON_KEYS}
+    limit = dataset.get("max_rows")
+    if _takes_max_rows(str(node["_target_"])):
+        return build(node, "dataset", max_rows=limit)
+    corpus: Corpus = build(node, "dataset")
+    if limit is None:
+        return corpus
+    notes: dict[str, object] = {}
+    examples = _sampled(corpus.examples, limit, notes, "sample")
+    test = None if corpus.test is None else _sampled(corpus.test, limit, notes, "test_sample")
+    return replace(corpus, examples=examples, test=test, provenance={**corpus.provenance, **notes})
+
+
+def _takes_max_rows(target: str) -> bool:
+    module, _, name = target.rpartition(".")
+    try:
+        return "max_rows" in inspect.signature(getattr(importlib.import_module(module), name)).parameters
+    except Exception:  # `build` says what is wrong with it
+        return False
+
+
+def _sampled(examples: Iterable[Example], limit: int, notes: dict[str, object], name: str) -> list[Example]:
+    sample: Sample[Example] = Sample(limit)
+    for example in examples:
+        sample.add(prompt_key(example), example)
+    taken = sample.taken()
+    if sample.note:
+        notes[name] = sample.note
+    return taken
 
 
 def _fractions(dataset: dict[str, Any]) -> tuple[float, float]:
@@ -203,7 +241,7 @@ def _check_sizes(parts: dict[str, list[Example]], total: int) -> None:
 
 def prompt_key(example: Example) -> str:
     """The prompt as one string: rows with the same key belong to the same split."""
-    return example.prompt if isinstance(example.prompt, str) else json.dumps(example.prompt, sort_keys=True)
+    return text_key(example.prompt)
 
 
 def _split(examples: Sequence[Example], heldout: float, test: float) -> Split:

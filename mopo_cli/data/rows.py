@@ -8,6 +8,7 @@ Parquet cannot tell the two apart.
 
 from __future__ import annotations
 
+import json
 import math
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -63,6 +64,28 @@ def example_from_row(
 def is_pair_row(row: Mapping[str, Any]) -> bool:
     """Whether a row is in the chosen / rejected format."""
     return row.get("responses") is None and (row.get("chosen") is not None or row.get("rejected") is not None)
+
+
+def prompt_of_row(row: Any) -> str:
+    """The prompt, as text_key has it, of the Example that a row makes; some text for a row that breaks the contract.
+
+    A prompt that is a string is taken as it is, unless the answers are conversations, which may hold another one.
+    """
+    if not isinstance(row, dict):
+        return repr(row)
+    if isinstance(prompt := row.get("prompt"), str) and not isinstance(row.get("chosen"), list):
+        return prompt
+    try:
+        if is_pair_row(row):
+            return text_key(_pair_texts(row, "")[0])
+        return text_key(_text(row["prompt"], "", "prompt"))
+    except (UserError, KeyError):
+        return repr(row)
+
+
+def text_key(prompt: Text) -> str:
+    """The prompt as one string: rows with the same key belong to the same split."""
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
 
 
 def objectives_of_row(row: Any) -> tuple[str, ...]:

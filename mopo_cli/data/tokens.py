@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -13,21 +16,15 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from mopo_cli.console import count_rows
 from mopo_cli.data.prepare import transcript
+from mopo_cli.data.table import TableBuilder, TokenRow, TokenTable, row_length
 from mopo_cli.errors import UserError
 from mopo_cli.types import Example, Text
 
 
-@dataclass(frozen=True, slots=True)
-class TokenRow:
-    """One prompt and its responses as token ids; a response ends with the end-of-sequence token."""
-
-    prompt: list[int]
-    responses: list[list[int]]
-
-
 class Block(NamedTuple):
-    """Tokens of a sequence and those that they look at; float (queries, keys) mask: 0 where one may, else -inf."""
+    """Tokens of a sequence and those they look at; a float mask (queries, keys), 0 where one may look, else -inf."""
 
     queries: slice
     keys: slice
@@ -70,6 +67,8 @@ class TokenBatch:
 
 
 BLOCK = 128  # tokens of a long prompt that attend at once
+BLOCK_ROWS = 8192  # rows that are encoded at once
+PARALLEL = "TOKENIZERS_PARALLELISM"
 
 
 class Encoder:
@@ -98,15 +97,19 @@ class Encoder:
 
     def prompt_ids(self, prompt: Text, response: Text = "") -> list[int]:
         """Token ids of `prompt_text`, never empty: something must predict the response's first token."""
-        templated = bool(getattr(self.tokenizer, "chat_template", None)) and (
-            not isinstance(prompt, str) or self.chat_template == "always"
-        )
-        text = self.prompt_text(prompt, response)
-        ids = list(self._ids(text, not templated))
+        return self._opened(self._ids(self.prompt_text(prompt, response), not self._templated(prompt)))
+
+    def _templated(self, prompt: Text) -> bool:
+        """Whether the tokenizer's template renders this prompt, with its own special tokens."""
+        chat = not isinstance(prompt, str) or self.chat_template == "always"
+        return chat and bool(getattr(self.tokenizer, "chat_template", None))
+
+    def _opened(self, ids: Sequence[int]) -> list[int]:
+        """A prompt's ids without the end that some tokenizers put there, and at least one."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        if len(ids) > 1 and ids[-1] == eos:  # some tokenizers close what they encode
+        if len(ids) > 1 and ids[-1] == eos:
             ids = ids[:-1]
-        return ids or [eos if bos is None else bos]  # type: ignore[return-value]
+        return list(ids) or [eos if bos is None else bos]  # type: ignore[return-value]
 
     def response_ids(self, response: Text) -> list[int]:
         return [*self._ids(_content(response), False), self.tokenizer.eos_token_id]  # type: ignore[list-item,return-value]
@@ -114,42 +117,101 @@ class Encoder:
     def _encode(self, text: str, special: bool) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=special)["input_ids"])  # type: ignore[arg-type]
 
+    def _encode_all(self, texts: Sequence[str], special: bool) -> list[list[int]]:
+        """`_encode` of many texts; a fast tokenizer spreads them over the cores."""
+        if not texts:
+            return []
+        if not self.tokenizer.is_fast:
+            return [list(self._encode(text, special)) for text in texts]
+        with _tokenizer_threads():
+            return self.tokenizer(
+                list(texts), add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False
+            )["input_ids"]  # type: ignore[return-value]
+
     def row(self, prompt: Text, responses: Sequence[Text]) -> TokenRow:
         return TokenRow(
             self.prompt_ids(prompt, responses[0] if responses else ""), [self.response_ids(r) for r in responses]
         )
 
-    def rows(self, examples: Sequence[Example], overlong: str = "error") -> tuple[list[TokenRow], list[Example]]:
+    def rows(self, examples: Sequence[Example], overlong: str = "error") -> tuple[TokenTable, list[Example]]:
         """Token rows of the examples that fit the context, with those examples.
 
         overlong "error" raises UserError at a row that does not fit; "drop" leaves such rows out.
         """
-        if overlong not in ("error", "drop"):
-            raise UserError(f"dataset.overlong={overlong}: must be error or drop")
-        rows = [self._row_of(example) for example in examples]
-        fits = [len(row.prompt) + max(map(len, row.responses)) <= self.max_length for row in rows]
-        if overlong == "error" and not all(fits):
-            self._overlong(rows, examples, fits)
-        kept = [row for row, ok in zip(rows, fits, strict=True) if ok]
-        self._longest_seen = max(self._longest_seen, max((len(r) for row in kept for r in row.responses), default=0))
-        self.longest_response = self._longest_seen or self.max_length
-        return kept, [example for example, ok in zip(examples, fits, strict=True) if ok]
+        return self.fitting(self.table(examples), examples, overlong)
 
-    def _row_of(self, example: Example) -> TokenRow:
+    def table(self, examples: Sequence[Example]) -> TokenTable:
+        """The row of every example, however long: `row` of each, in blocks, each text of a block once."""
+        built = TableBuilder()
+        count_rows(0, "encoded")
+        for start in range(0, len(examples), BLOCK_ROWS):
+            block = examples[start : start + BLOCK_ROWS]
+            pieces = [piece for example in block for piece in self._pieces(example)]
+            ids = self._encode_pieces(list(dict.fromkeys(pieces)))
+            found = [ids[piece] for piece in pieces]
+            sizes = np.fromiter(map(len, found), np.int64, len(found))
+            flat = np.fromiter(chain.from_iterable(found), np.int32, int(sizes.sum()))
+            built.add(flat, sizes, np.array([1 + len(example.responses) for example in block]))
+            count_rows(len(block), "encoded")
+        return built.table()
+
+    def _pieces(self, example: Example) -> list[tuple[str, str]]:
+        """(kind, text) of a row's prompt and of each response."""
+        first = example.responses[0] if example.responses else ""
         try:
-            return self.row(example.prompt, example.responses)
+            text = self.prompt_text(example.prompt, first)
         except UserError as error:
             raise UserError(f"{example.source}: {error}") from error
+        kind = "templated" if self._templated(example.prompt) else "prompt"
+        return [(kind, text), *(("response", _content(response)) for response in example.responses)]
 
-    def _overlong(self, rows: list[TokenRow], examples: Sequence[Example], fits: list[bool]) -> None:
-        i = fits.index(False)
-        row = rows[i]
+    def _encode_pieces(self, pieces: Sequence[tuple[str, str]]) -> dict[tuple[str, str], list[int]]:
+        found: dict[tuple[str, str], list[int]] = {}
+        end = self.tokenizer.eos_token_id
+        for kind in ("prompt", "templated", "response"):
+            texts = [piece for piece in pieces if piece[0] == kind]
+            ids = self._encode_all([text for _, text in texts], special=kind == "prompt")
+            finished = ([*one, end] for one in ids) if kind == "response" else map(self._opened, ids)
+            found.update(zip(texts, finished, strict=True))  # type: ignore[arg-type]
+        return found
+
+    def fitting(
+        self, table: TokenTable, examples: Sequence[Example], overlong: str
+    ) -> tuple[TokenTable, list[Example]]:
+        """The rows that fit the context, with their examples; see `rows`."""
+        if overlong not in ("error", "drop"):
+            raise UserError(f"dataset.overlong={overlong}: must be error or drop")
+        longest = table.longest_responses
+        fits = table.prompt_lengths + longest <= self.max_length
+        if not fits.all():
+            if overlong == "error":
+                self._overlong(table, examples, fits)
+            table, longest = table.select(fits), longest[fits]
+            examples = [example for example, ok in zip(examples, fits.tolist(), strict=True) if ok]
+        self._longest_seen = max(self._longest_seen, int(longest.max(initial=0)))
+        self.longest_response = self._longest_seen or self.max_length
+        return table, list(examples)
+
+    def _overlong(self, table: TokenTable, examples: Sequence[Example], fits: np.ndarray) -> None:
+        i = int(fits.argmin())
+        row = table[i]
         raise UserError(
             f"{examples[i].source}: prompt of {len(row.prompt)} tokens with a response of "
             f"{max(map(len, row.responses))} does not fit the context of {self.max_length} (model.max_length); "
-            f"{fits.count(False)} of {len(fits)} rows are too long. Set dataset.overlong=drop to leave them out, or "
+            f"{int((~fits).sum())} of {len(fits)} rows are too long. Set dataset.overlong=drop to leave them out, or "
             "raise model.max_length"
         )
+
+
+@contextmanager
+def _tokenizer_threads() -> Iterator[None]:
+    """Lets tokenizers use all cores inside, and none after: a process that forks later must not meet its threads."""
+    before = os.environ.get(PARALLEL)
+    os.environ[PARALLEL] = "true"
+    try:
+        yield
+    finally:
+        os.environ[PARALLEL] = before or "false"
 
 
 def _content(response: Text) -> str:
@@ -186,11 +248,6 @@ class Collator:
             for i in piece:
                 start = layout.place(s, start, rows[i], int(first[i]))
         return layout.batch(slot, self.packed, blocks)
-
-
-def row_length(row: TokenRow) -> int:
-    """Tokens of a row with its prompt written once."""
-    return len(row.prompt) + sum(map(len, row.responses))
 
 
 def pack(rows: Sequence[TokenRow], least: int = 128, alone: bool = False) -> tuple[list[list[int]], int]:
@@ -327,8 +384,7 @@ def batch_rows(size: int, batch: int, seed: int, step: int) -> list[int]:
     position = step * batch
     while len(rows) < batch:
         epoch, offset = divmod(position, size)
-        order = np.random.default_rng([seed, epoch]).permutation(size)
-        take = order[offset : offset + batch - len(rows)]
+        take = _epoch(seed, epoch, size)[offset : offset + batch - len(rows)]
         rows += take.tolist()
         position += len(take)
     return rows
@@ -347,6 +403,12 @@ def under_budget(rows: Sequence[int], lengths: Sequence[int], budget: int) -> li
     return batches
 
 
+@lru_cache(4)
+def _epoch(seed: int, epoch: int, size: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(size)
+
+
 def length_order(rows: Sequence[TokenRow]) -> list[int]:
     """Row numbers, longest first, so that a batch that does not fit shows at once."""
-    return sorted(range(len(rows)), key=lambda i: -row_length(rows[i]))
+    sizes = rows.lengths.tolist() if isinstance(rows, TokenTable) else [row_length(row) for row in rows]
+    return sorted(range(len(rows)), key=lambda i: -sizes[i])
