@@ -108,9 +108,10 @@ def _rows_hash(rows: Sequence[TokenRow]) -> str:
     return digest.hexdigest()
 
 
-def _key(*parts: object) -> str:
+def _key(kind: str, *parts: object) -> str:
+    """A directory's name: what is in it, and a hash of all that it depends on."""
     versions = (__version__, torch.__version__, transformers.__version__)
-    return hashlib.sha256(json.dumps([versions, *parts], default=str).encode()).hexdigest()[:20]
+    return f"{kind}-{hashlib.sha256(json.dumps([versions, *parts], default=str).encode()).hexdigest()[:20]}"
 
 
 @contextmanager
@@ -151,7 +152,7 @@ def tokens_key(encoder: Encoder, examples: Sequence[Example]) -> str:
     tokenizer = encoder.tokenizer
     about = tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map  # type: ignore[attr-defined]
     settings = encoder.chat_template, type(tokenizer).__name__, tokenizers.__version__
-    return f"tokens-{_key(about, settings, digest.hexdigest())}"
+    return _key("tokens", about, settings, digest.hexdigest())
 
 
 def fitted(

@@ -17,11 +17,9 @@ from mopo_cli.data.prepare import as_text, build, load
 from mopo_cli.data.table import TokenTable
 from mopo_cli.data.tokens import Collator, Encoder
 from mopo_cli.errors import UserError
-from mopo_cli.judging import JudgedRows, judge_rows
 from mopo_cli.models.attention import attend_by_rows
 from mopo_cli.models.load import load_policy, load_tokenizer
 from mopo_cli.models.logprobs import can_pack
-from mopo_cli.models.preference import PreferenceModel
 from mopo_cli.runs import RunDirectory
 from mopo_cli.types import Example, PreferenceData
 
@@ -56,6 +54,9 @@ def prepare_inputs(config: TrainConfig, run: RunDirectory | None = None) -> Inpu
         encoded = {name: _encoded(config, encoder, getattr(data, name)) for name in ("train", "heldout", "test")}
         method = build_method(config, data.names, data.thresholds)
         progress.advance(1)
+    for note in (data.provenance.get(name) for name in ("sample", "test_sample")):
+        if note:
+            say(f"data: {note}")
     for name, (rows, _) in encoded.items():
         if not rows:
             raise UserError(
@@ -129,9 +130,3 @@ def build_method(config: TrainConfig, names: tuple[str, ...], thresholds: tuple[
         epsilon=config.epsilon,
         t0=config.t0,
     )
-
-
-def judged_test(judge: PreferenceModel, inputs: Inputs) -> JudgedRows:
-    """The test rows with what the preference model says of them."""
-    rows = inputs.examples["test"], inputs.tokens["test"]
-    return judge_rows(judge, inputs.data.objectives, *rows, inputs.collate, "smoothed")

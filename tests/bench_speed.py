@@ -524,7 +524,7 @@ def main() -> int:
     ROOT.mkdir(parents=True, exist_ok=True)
     (ROOT / "bench.json").write_text(json.dumps([asdict(record) for record in records], indent=2) + "\n")
     if not arguments.small:
-        tables = {"savings": savings(sizes[-2]), "growth": growth(make_inputs(SIZES[0])), "data": data_growth()}
+        tables = {"savings": savings(sizes[0]), "growth": growth(make_inputs(SIZES[0])), "data": data_growth()}
         (ROOT / "growth.json").write_text(json.dumps(tables, indent=2) + "\n")
     print(f"\n{ROOT / 'bench.json'}")
     return 0

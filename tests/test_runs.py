@@ -220,6 +220,7 @@ class TestContract:
             "model",
             "checkpoints",
             "figures",
+            "report.html",
             "provenance.json",
             "reference",
             "preference_model",
