@@ -101,14 +101,12 @@ QUANTILES = (  # tokens of prompt, chosen and rejected, of 2 307 human dialogues
 
 
 def lengths(rng: np.random.Generator, count: int) -> np.ndarray:
-    """(count, 3) token counts with the quantiles above, in an order of chance; pairs beyond the context left out."""
-    drawn = np.empty((0, 3), int)
-    while len(drawn) < count:
-        even = (np.arange(2 * count) + 0.5) / (2 * count)
-        columns = [rng.permutation(np.interp(even, SHARES, values)).round().astype(int) for values in QUANTILES]
-        rows = np.stack(columns, axis=1)
-        drawn = np.concatenate([drawn, rows[rows[:, 0] + rows[:, 1:].max(axis=1) < CONTEXT]])
-    return drawn[:count]
+    """(count, 3) token counts with the quantiles above, paired by chance; a prompt is cut so that its pair fits."""
+    even = (np.arange(count) + 0.5) / count
+    columns = [rng.permutation(np.interp(even, SHARES, values)).round().astype(int) for values in QUANTILES]
+    rows = np.minimum(np.stack(columns, axis=1), CONTEXT // 2)
+    rows[:, 0] = np.minimum(np.round(np.interp(even, SHARES, QUANTILES[0])), CONTEXT - 2 - rows[:, 1:].max(axis=1))
+    return rng.permutation(rows)
 
 
 def architecture_of(size: Size) -> dict[str, Any]:
@@ -256,6 +254,7 @@ def measure(spec: dict[str, Any]) -> dict[str, float]:
         used = sorted({i for step in range(steps) for i in batch_rows(len(rows), count, 0, step)})
         values = reference_logps(model, reference, [rows[i] for i in used], collate)
         cached = dict(zip(used, values, strict=True))
+        reference = {}  # no more needed
     method = Mopo(tuple(map(str, range(objectives))), (0.5,) * (objectives - 1), 0.08, 1.0, "auto", float("inf"))
 
     def loss_of(numbers: list[int]) -> torch.Tensor:
@@ -305,6 +304,9 @@ def measure(spec: dict[str, Any]) -> dict[str, float]:
 def _peak(device: str) -> float:
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status")  # getrusage's peak is at least that of the process that started this one
+    if status.exists():
+        return next(int(line.split()[1]) / 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -346,7 +348,11 @@ config = DPOConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=ba
                    precompute_ref_log_probs=True)
 DPOTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[Clock()],
            peft_config=peft).train()
-peak = torch.cuda.max_memory_allocated() / 2**20 if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def resident():
+    if not os.path.exists("/proc/self/status"):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+peak = torch.cuda.max_memory_allocated() / 2**20 if gpu else resident()
 print(json.dumps({"pairs_per_s": (len(ends) - 2) * batch / (ends[-1] - ends[1]), "peak_memory_mb": peak}))
 """
 
