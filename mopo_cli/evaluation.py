@@ -174,6 +174,11 @@ def sampled_kl(models: Models, answers: Answers) -> float:
     assert answers.tokens is not None
     now = all_logps(models.policy, answers.tokens, models.collate)
     before = reference_logps(models.policy, models.initial, answers.tokens, models.collate)
+    return mean_log_ratio(now, before)
+
+
+def mean_log_ratio(now: Sequence[torch.Tensor], before: Sequence[torch.Tensor]) -> float:
+    """Over prompts, of each one's mean over its responses: on a policy's own samples, its KL in nats a response."""
     return float(np.mean([float((a - b).mean()) for a, b in zip(now, before, strict=True)]))
 
 

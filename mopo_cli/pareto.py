@@ -71,7 +71,7 @@ class Measured:
     ci95: tuple[float, float] | None = None
 
 
-def nondominated(points: np.ndarray) -> np.ndarray:
+def nondominated(points: np.ndarray | Sequence[Sequence[float]]) -> np.ndarray:
     """(n,) whether no other of the (n, K) points is at least as good in every objective and better in one."""
     import moocore
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -19,7 +18,7 @@ from mopo_cli.config import EvalConfig, ModelConfig, ObjectiveConfig
 from mopo_cli.console import stage, warn
 from mopo_cli.data.assistant import World
 from mopo_cli.data.prepare import as_text, load, resolve_objectives
-from mopo_cli.data.tokens import Collator, Encoder
+from mopo_cli.data.tokens import Encoder
 from mopo_cli.entrants import Entrant, Unfinished, finished_run
 from mopo_cli.errors import UserError
 from mopo_cli.evaluation import (
@@ -30,12 +29,13 @@ from mopo_cli.evaluation import (
     evaluated_prompts,
     exact_evaluation,
     exact_win_rates,
+    mean_log_ratio,
     sampled_answers,
     sampled_kl,
 )
 from mopo_cli.judges import Answers, PreferenceFeatures
 from mopo_cli.models.load import load_policy, load_tokenizer
-from mopo_cli.models.logprobs import all_logps, can_pack
+from mopo_cli.models.logprobs import all_logps, collator_of
 from mopo_cli.models.preference import load_preference_model
 from mopo_cli.models.reference import loaded, snapshot
 from mopo_cli.models.save import load_weights
@@ -256,7 +256,7 @@ def respond_run(
     assert entrant.trained is not None
     run, model = entrant.run, entrant.trained.model
     policy = on_device(load_policy(model, encoder.tokenizer, entrant.trained.seed), model)
-    collate = Collator(int(encoder.tokenizer.pad_token_id), can_pack(policy, model.max_length))  # type: ignore[arg-type]
+    collate = collator_of(policy, encoder)
     features = PreferenceFeatures(load_judge(run, policy), encoder, collate) if judges else None
     with reading(run.path):
         if run.reference.is_dir():
@@ -287,7 +287,7 @@ def respond_model(settings: EvalConfig, given: Given, entrant: Entrant, encoder:
     """Samples of a plain model, and of the model that it is compared with, where one is named."""
     model = model_of(settings, entrant)
     policy = on_device(load_policy(model, encoder.tokenizer, settings.seed), model)
-    collate = Collator(int(encoder.tokenizer.pad_token_id), can_pack(policy, model.max_length))  # type: ignore[arg-type]
+    collate = collator_of(policy, encoder)
     answers = sampled(settings, policy, encoder, given.examples, POLICY_SEED)
     one = Responded(entrant, answers, cut_off=cut_off(answers))
     one.exact = exact_win_rates(policy, encoder, collate, given.data, settings.evaluation.exact_prompts)
@@ -304,7 +304,7 @@ def respond_model(settings: EvalConfig, given: Given, entrant: Entrant, encoder:
     one.reference = sampled(settings, reference, theirs, given.examples, REFERENCE_SEED)
     if tokenizer.get_vocab() == encoder.tokenizer.get_vocab():  # the same tokens, so their probabilities compare
         before = all_logps(reference, answers.tokens, collate)
-        one.kl = float(np.mean([float((a - b).mean()) for a, b in zip(now, before, strict=True)]))
+        one.kl = mean_log_ratio(now, before)
     return one
 
 
@@ -343,7 +343,7 @@ def features_of_run(settings: EvalConfig, home: Entrant, data: PreferenceData) -
     assert home.trained is not None
     encoder, _ = encoder_of(settings, home, data)
     policy = on_device(load_policy(home.trained.model, encoder.tokenizer, home.trained.seed), home.trained.model)
-    collate = Collator(int(encoder.tokenizer.pad_token_id), can_pack(policy, home.trained.model.max_length))  # type: ignore[arg-type]
+    collate = collator_of(policy, encoder)
     return PreferenceFeatures(load_judge(home.run, policy), encoder, collate)
 
 

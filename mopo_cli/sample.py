@@ -16,13 +16,13 @@ from mopo_cli import config as configs
 from mopo_cli.config import SampleConfig
 from mopo_cli.console import say, warn
 from mopo_cli.data.prepare import resolve_objectives
-from mopo_cli.data.tokens import Collator, Encoder
+from mopo_cli.data.tokens import Encoder
 from mopo_cli.entrants import MODEL_FILES, Entrant, finished_run, newest_run
 from mopo_cli.errors import UserError
 from mopo_cli.evaluation import POLICY_SEED, REFERENCE_SEED, sampled_answers, win_rates
 from mopo_cli.judges import Answers, PreferenceFeatures, own_judge
 from mopo_cli.models.load import load_policy
-from mopo_cli.models.logprobs import can_pack
+from mopo_cli.models.logprobs import collator_of
 from mopo_cli.models.reference import Snapshot, loaded, snapshot
 from mopo_cli.models.save import load_weights
 from mopo_cli.prompts import in_form_of, known_example
@@ -135,7 +135,7 @@ def load_speaker(settings: SampleConfig, entrant: Entrant) -> Speaker:
     run = entrant.run
     speaker = Speaker(entrant, policy, encoder)
     if settings.compare and (run.preference_model / "preference_model.json").is_file():
-        collate = Collator(int(encoder.tokenizer.pad_token_id), can_pack(policy, model.max_length))  # type: ignore[arg-type]
+        collate = collator_of(policy, encoder)
         speaker.features = PreferenceFeatures(load_judge(run, policy), encoder, collate)
         if run.reference.is_dir():
             with reading(run.reference):

@@ -123,12 +123,10 @@ def front(records: Sequence[Record]) -> list[Record]:
     ended = [record for record in records if record.state in ENDED]
     if len({tuple(record.roles) for record in ended}) != 1:
         return []
-    points = {record.id: [record.reached(name) or 0.0 for name in record.roles] for record in ended}
-    return [record for record in ended if not any(_dominates(points[o.id], points[record.id]) for o in ended)]
+    from mopo_cli.pareto import nondominated  # here, since a sweep of which nothing has ended yet needs no moocore
 
-
-def _dominates(a: Sequence[float], b: Sequence[float]) -> bool:
-    return all(x >= y for x, y in zip(a, b, strict=True)) and any(x > y for x, y in zip(a, b, strict=True))
+    points = [[record.reached(name) or 0.0 for name in record.roles] for record in ended]
+    return [record for record, best in zip(ended, nondominated(points), strict=True) if best]
 
 
 # --------------------------------------------------------------------------------------------- files

@@ -410,5 +410,10 @@ def _epoch(seed: int, epoch: int, size: int) -> np.ndarray:
 
 def length_order(rows: Sequence[TokenRow]) -> list[int]:
     """Row numbers, longest first, so that a batch that does not fit shows at once."""
-    sizes = rows.lengths.tolist() if isinstance(rows, TokenTable) else [row_length(row) for row in rows]
+    sizes = row_lengths(rows)
     return sorted(range(len(rows)), key=lambda i: -sizes[i])
+
+
+def row_lengths(rows: Sequence[TokenRow]) -> list[int]:
+    """row_length of each; a table knows them without making its rows."""
+    return rows.lengths.tolist() if isinstance(rows, TokenTable) else [row_length(row) for row in rows]

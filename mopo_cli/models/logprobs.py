@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from mopo_cli.data.tokens import Collator, TokenBatch, TokenRow, row_length, under_budget
+from mopo_cli.data.tokens import Collator, Encoder, TokenBatch, TokenRow, row_lengths, under_budget
 
 _CHUNK = (2**25, 2**26)  # logits held at once, on a CPU and on a GPU
 _SPLITS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # what `splits` found, a model
@@ -198,6 +198,11 @@ def can_pack(model: nn.Module, longest: int | None = None) -> bool:
     return agree(model, Collator(0, True), Collator(0, False))
 
 
+def collator_of(model: nn.Module, encoder: Encoder) -> Collator:
+    """Batches as this model takes them, padded by its tokenizer."""
+    return Collator(int(encoder.tokenizer.pad_token_id), can_pack(model, encoder.max_length))  # type: ignore[arg-type]
+
+
 @torch.no_grad()
 def agree(model: nn.Module, first: Collator, second: Collator) -> bool:
     """Whether two layouts of a few made-up tokens have the same log-probs."""
@@ -286,4 +291,4 @@ def budget_batches(rows: Sequence[TokenRow], collate: Collator, device: torch.de
     more.
     """
     budget = collate.budget or (2048 if device.type == "cpu" else 8192)
-    return under_budget(range(len(rows)), [row_length(row) for row in rows], budget)
+    return under_budget(range(len(rows)), row_lengths(rows), budget)
