@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
@@ -28,14 +26,15 @@ from mopo_cli.algorithms.mopo import (
     sampled_estimate,
 )
 from mopo_cli.cache import kept_logps
-from mopo_cli.config import OnPolicyConfig, SamplingConfig
-from mopo_cli.data.tokens import Collator, Encoder, TokenRow, batch_rows, row_length
-from mopo_cli.judging import SUPPORTING, JudgedRows, empirical, judge_samples, support_floor
+from mopo_cli.console import warn
+from mopo_cli.data.tokens import TokenRow, batch_rows, row_length
+from mopo_cli.diagnostics import unattainable
+from mopo_cli.judging import SUPPORTING, JudgedRows, empirical, judge_rows, judge_samples, support_floor
 from mopo_cli.models.logprobs import all_logps, response_logps
-from mopo_cli.models.preference import PreferenceModel
 from mopo_cli.models.reference import Snapshot, loaded, reference_logps, snapshot
-from mopo_cli.models.sampling import sample
+from mopo_cli.models.sampling import Drawn, sample
 from mopo_cli.oracle import attainable, solve
+from mopo_cli.stages import Aligned, Setting, Work, mix, run_stage
 from mopo_cli.trainer import Progressed, Task, Trainer
 
 
@@ -49,48 +48,58 @@ class Fresh:
     reference_logps: Tensor  # (M,)
 
 
-@dataclass
-class Timing:
-    """Seconds of the alignment stage, and those of them spent on estimates of R_j and on fresh responses."""
-
-    started: float = field(default_factory=time.perf_counter)
-    estimate: float = 0.0
-    fresh: float = 0.0
-    seconds: float | None = None  # of the whole stage, once it has ended
+def align(setting: Setting, method: Mopo) -> Aligned:
+    """Run the method on the reference; what it leaves, with its own last estimate of R_k."""
+    config, inputs = setting.config, setting.inputs
+    trainer = Trainer(
+        setting.accelerator,
+        inputs.policy,
+        config.optimiser,
+        config.steps,
+        config.gradient_accumulation,
+        config.token_budget,
+    )
+    judged = [
+        judge_rows(setting.judge, inputs.data.objectives, inputs.examples[s], inputs.tokens[s], inputs.collate, labels)
+        for s, labels in (("train", method.labels), ("heldout", "observed"))
+    ]
+    stage = Alignment(setting, method, trainer, *judged)
+    run_stage(setting, stage, "alignment (mopo)")
+    estimate = stage.final_estimate(config.steps)
+    names, state = inputs.data.names, method.state
+    return Aligned(
+        stage.work,
+        thresholds=dict(zip(names[1:], state.thresholds, strict=True)),
+        duals=dict(zip(names[1:], state.duals, strict=True)),
+        estimated=dict(zip(names, estimate.win_rates.tolist(), strict=True)),
+        infeasible=method.infeasible,
+        estimator=method.estimator,
+        attainable=stage.pool_attainable,
+        entropy=stage.entropy,
+        off_support=stage.off_support,
+    )
 
 
 class Alignment:
     """Runs a method on a policy. The stage's tables hold numbers a row; the only model in memory is the policy."""
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        trainer: Trainer,
-        method: Mopo,
-        encoder: Encoder,
-        judge: PreferenceModel,
-        train: JudgedRows,
-        heldout: JudgedRows,
-        *,
-        batch_size: int,
-        onpolicy: OnPolicyConfig,
-        sampling: SamplingConfig,
-        seed: int,
-        initial: Snapshot,
-        collate: Collator,
-        cache: str | None = None,
-    ):
-        self.accelerator, self.trainer, self.method, self.encoder, self.judge = (
-            accelerator,
+    def __init__(self, setting: Setting, method: Mopo, trainer: Trainer, train: JudgedRows, heldout: JudgedRows):
+        config, inputs = setting.config, setting.inputs
+        self.accelerator, self.trainer, self.method, self.tracker = (
+            setting.accelerator,
             trainer,
             method,
-            encoder,
-            judge,
+            setting.tracker,
         )
-        self.train, self.heldout = train, heldout
-        self.batch_size, self.onpolicy, self.sampling, self.seed = batch_size, onpolicy, sampling, seed
-        self.collate, self.cache = collate, cache
-        self.initial = self.lagged = initial
+        self.encoder, self.collate, self.judge, self.cache = inputs.encoder, inputs.collate, setting.judge, config.cache
+        self.train, self.heldout, self.objectives = train, heldout, inputs.data.objectives
+        self.batch_size, self.onpolicy, self.sampling, self.seed = (
+            config.batch_size,
+            config.onpolicy,
+            config.sampling,
+            config.seed,
+        )
+        self.initial = self.lagged = setting.initial
         self.behaviour: dict[int, Tensor] = {}
         self.reference: dict[int, Tensor] = {}
         self.fresh: dict[int, Fresh] = {}
@@ -98,11 +107,9 @@ class Alignment:
         self.off_support = 0.0  # share of such samples at the last measurement
         self.kl = 0.0
         self.entropy: list[float] = []  # nats a response, at each measurement on samples
-        self.pairs = self.tokens = 0
+        self.work = Work()
         self.refreshes = 0
-        self.steps_done = 0
         self.pool_attainable: list[float] = []
-        self.timing = Timing()
         self.offline: list[Estimate] = []
 
     @property
@@ -151,8 +158,8 @@ class Alignment:
             reference.append(torch.cat([self.reference[i], *(f.reference_logps for f in extra)]))
         device = self.accelerator.device
         tokens = self.collate(rows).to(device)
-        self.pairs += sum(len(self.train.examples[i].pairs) for i in numbers)
-        self.tokens += sum(map(row_length, rows))
+        self.work.pairs += sum(len(self.train.examples[i].pairs) for i in numbers) * self.accelerator.num_processes
+        self.work.tokens += sum(map(row_length, rows)) * self.accelerator.num_processes
         slots = torch.arange(tokens.slot.shape[1], device=device)
         return LogpBatch(
             policy_logps=response_logps(self.policy, tokens),
@@ -162,6 +169,38 @@ class Alignment:
             mask=tokens.slot >= 0,
             from_data=slots[None, :] < torch.tensor(counts, device=device)[:, None],
         )
+
+    # ------------------------------------------------------------------ what is told of a step
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.method.infeasible)
+
+    def shown(self) -> dict[str, float]:
+        return {f"λ {name}": value for name, value in zip(self.method.names[1:], self.method.state.duals, strict=True)}
+
+    def metrics(self, progressed: Progressed) -> dict[str, Any]:
+        state, names = self.method.state, self.method.names
+        seconds = time.perf_counter() - self.work.timing.started
+        line: dict[str, Any] = {
+            "loss": float(progressed.loss),
+            "learning_rate": progressed.learning_rate,
+            "kl": self.kl,
+            "epsilon": state.epsilon,
+            "n_eff": state.n_eff,
+            "off_support": self.off_support,
+            "refreshes": self.refreshes,
+            "pairs_per_second": self.work.pairs / seconds,
+            "tokens_per_second": self.work.tokens / seconds,
+        }
+        if state.win_rates is not None:
+            line |= {f"win_rate/{name}": rate for name, rate in zip(names, state.win_rates, strict=True)}
+        for j, name in enumerate(names[1:]):
+            line |= {f"dual/{name}": state.duals[j], f"threshold/{name}": state.thresholds[j]}
+            line[f"chi/{name}"] = state.chi[j]
+            if state.lower is not None:
+                line[f"lower/{name}"] = state.lower[j]
+        return line
 
     # ------------------------------------------------------------------ the step's hooks
 
@@ -192,9 +231,13 @@ class Alignment:
             self.refresh(step)
         if measured and self.method.fresh_responses:
             self.renew_fresh(step)
+        if step == 0:
+            for text in unattainable(self.objectives, self.method.state.thresholds, self.pool_attainable):
+                warn(text)
+                self.tracker.alert(text)
 
     def after_step(self, progressed: Progressed) -> None:
-        self.steps_done = progressed.step
+        self.work.steps = progressed.step
         if self.offline:
             self.method.observe(self.offline[-1])
             self.offline.clear()
@@ -206,7 +249,7 @@ class Alignment:
         estimate = self._estimate(step, self.onpolicy.prompts, self.onpolicy.responses)
         self.method.observe(estimate)
         self._follow_main()
-        self.timing.estimate += time.perf_counter() - started
+        self.work.timing.estimate += time.perf_counter() - started
         return estimate
 
     def _estimate(self, step: int, prompts: int, responses: int) -> Estimate:
@@ -230,21 +273,25 @@ class Alignment:
         else:
             estimate = self._estimate(step, self.onpolicy.prompts * self.onpolicy.responses, 1)
         self.method.observe(estimate, record_only=True)
-        self.timing.estimate += time.perf_counter() - started
-        self.timing.seconds = time.perf_counter() - self.timing.started
+        self.work.timing.estimate += time.perf_counter() - started
+        self.work.timing.seconds = time.perf_counter() - self.work.timing.started
         return estimate
 
     def _onpolicy(self, step: int, prompts: int, responses: int) -> Estimate:
         numbers = self._heldout_numbers(step, prompts)
         asked = [self.heldout.tokens[i].prompt for i in numbers]
-        seed = _mix(self.seed, step, 1)
-        drawn = sample(self.policy, self.encoder, asked, responses, self.sampling, seed)
+        seed = mix(self.seed, step, 1)
+        drawn = self._draw(asked, responses, seed)
         tokens, rates = judge_samples(self.judge, self.heldout, numbers, drawn, self.collate)
         now = all_logps(self.policy, tokens, self.collate)
         before = reference_logps(self.policy, self.initial, tokens, self.collate)
         self.entropy.append(-float(torch.stack([a.mean() for a in now]).mean()))
         self.kl = float(torch.stack([(a - b).mean() for a, b in zip(now, before, strict=True)]).mean())
         return self._sampled(rates, before)
+
+    def _draw(self, prompts: Sequence[list[int]], responses: int, seed: int) -> list[list[Drawn]]:
+        self.work.samples += len(prompts) * responses
+        return sample(self.policy, self.encoder, prompts, responses, self.sampling, seed)
 
     def _sampled(self, rates: Sequence[Tensor], reference: Sequence[Tensor]) -> Estimate:
         """The estimate from samples on the data's support, given (M, K) win rates and (M,) log pi_ref a prompt."""
@@ -274,14 +321,14 @@ class Alignment:
 
     def _heldout_numbers(self, step: int, prompts: int) -> list[int]:
         size = len(self.heldout.tokens)
-        return np.random.default_rng(_mix(self.seed, step, 2)).permutation(size)[: min(prompts, size)].tolist()
+        return np.random.default_rng(mix(self.seed, step, 2)).permutation(size)[: min(prompts, size)].tolist()
 
     def start_duals(self, responses: int = 32) -> None:
         """Multipliers from the offline dual: solve (P) on samples of the reference, judged by the preference model."""
         started = time.perf_counter()
         numbers = self._heldout_numbers(0, max(1, self.onpolicy.prompts // 8))
         asked = [self.heldout.tokens[i].prompt for i in numbers]
-        drawn = sample(self.policy, self.encoder, asked, responses, self.sampling, _mix(self.seed, 0, 3))
+        drawn = self._draw(asked, responses, mix(self.seed, 0, 3))
         tokens, rates = judge_samples(self.judge, self.heldout, numbers, drawn, self.collate)
         before = reference_logps(self.policy, self.initial, tokens, self.collate)
         self.method.observe(self._sampled(rates, before), record_only=True)
@@ -291,7 +338,7 @@ class Alignment:
         solved = solve(p, uniform, self.method.tau, thresholds)
         self.method.state.duals = np.clip(solved.duals, 0.0, self.method.max_dual).tolist()
         self._follow_main()
-        self.timing.estimate += time.perf_counter() - started
+        self.work.timing.estimate += time.perf_counter() - started
 
     def refresh(self, step: int) -> None:
         """pi_ref <- the policy now, and b_j <- beta G_j; reference log-probs for the rows of the next t0 steps."""
@@ -309,12 +356,10 @@ class Alignment:
         """Fresh responses of the policy for rows that the next steps will train on."""
         started = time.perf_counter()
         numbers = self.upcoming(step, self.onpolicy.every)
-        keep = np.random.default_rng(_mix(self.seed, step, 4)).permutation(len(numbers))[: self.onpolicy.train_prompts]
+        keep = np.random.default_rng(mix(self.seed, step, 4)).permutation(len(numbers))[: self.onpolicy.train_prompts]
         numbers = [numbers[i] for i in sorted(keep.tolist())]
         asked = [self.train.tokens[i].prompt for i in numbers]
-        drawn = sample(
-            self.policy, self.encoder, asked, self.onpolicy.train_responses, self.sampling, _mix(self.seed, step, 5)
-        )
+        drawn = self._draw(asked, self.onpolicy.train_responses, mix(self.seed, step, 5))
         tokens, rates = judge_samples(self.judge, self.train, numbers, drawn, self.collate)
         behaviour = reference_logps(self.policy, self.initial, tokens, self.collate)
         lagged = (
@@ -326,7 +371,7 @@ class Alignment:
             i: Fresh(token.responses, self._least_off_support(i, rate, b), b, r)
             for i, token, rate, b, r in zip(numbers, tokens, rates, behaviour, lagged, strict=True)
         }
-        self.timing.fresh += time.perf_counter() - started
+        self.work.timing.fresh += time.perf_counter() - started
 
     def _least_off_support(self, number: int, rates: Tensor, reference: Tensor) -> Tensor:
         """(M, K) win rates of samples, those off the data's support counting as the worst of the row's responses."""
@@ -335,19 +380,7 @@ class Alignment:
 
     # ------------------------------------------------------------------ checkpoints
 
-    def save(self, directory: Path, step: int) -> None:
-        """Everything needed to go on exactly, written beside and renamed, so a checkpoint is whole or absent."""
-        temporary = directory / f".step-{step}.tmp"
-        if self.accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(temporary), safe_serialization=False)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            self._save_own(temporary, step)
-            _put_in_place(temporary, directory / f"step-{step}")
-
-    def _save_own(self, directory: Path, step: int) -> None:
+    def save(self, directory: Path) -> None:
         extra = {
             "fresh": {i: _fresh_state(f) for i, f in self.fresh.items()},
             "behaviour": _packed_table(self.behaviour),
@@ -357,7 +390,6 @@ class Alignment:
             extra["lagged"] = self.lagged
         torch.save(extra, directory / "alignment.pt")
         record = {
-            "step": step,
             "method": self.method.state_dict(),
             "kl": self.kl,
             "off_support": self.off_support,
@@ -367,27 +399,15 @@ class Alignment:
         }
         (directory / "alignment.json").write_text(json.dumps(record), encoding="utf-8")
 
-    def restore(self, checkpoint: Path) -> int:
-        """Load a checkpoint; returns the steps done."""
-        self.accelerator.load_state(str(checkpoint))
-        record = json.loads((checkpoint / "alignment.json").read_text(encoding="utf-8"))
-        extra = torch.load(checkpoint / "alignment.pt", weights_only=True)
+    def restore(self, directory: Path) -> None:
+        record = json.loads((directory / "alignment.json").read_text(encoding="utf-8"))
+        extra = torch.load(directory / "alignment.pt", weights_only=True)
         self.fresh = {i: Fresh(**f) for i, f in extra["fresh"].items()}
         self.lagged = extra.get("lagged", self.initial)
         self.behaviour, self.reference = (_unpacked_table(extra[name]) for name in ("behaviour", "reference"))
         self.method.load_state_dict(record["method"])
         self.kl, self.refreshes, self.pool_attainable = record["kl"], record["refreshes"], record["attainable"]
         self.entropy, self.off_support = record["entropy"], record["off_support"]
-        return record["step"]
-
-
-def _put_in_place(temporary: Path, final: Path) -> None:
-    """Rename a whole checkpoint, and drop the ones before it."""
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
-    for old in final.parent.glob("step-*"):
-        if old != final:
-            shutil.rmtree(old)
 
 
 def _packed_table(table: dict[int, Tensor]) -> dict[str, object]:
@@ -400,18 +420,8 @@ def _unpacked_table(packed: dict[str, Any]) -> dict[int, Tensor]:
     return dict(zip(packed["rows"], packed["values"].split(packed["counts"]), strict=True))
 
 
-def latest_checkpoint(directory: Path) -> Path | None:
-    found = sorted(directory.glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
-    return found[-1] if found else None
-
-
 def _fresh_state(fresh: Fresh) -> dict[str, object]:
     return {name: getattr(fresh, name) for name in ("responses", "win_rates", "behaviour_logps", "reference_logps")}
-
-
-def _mix(*numbers: int) -> int:
-    """One seed from several numbers, the same everywhere."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def _pad(rows: list[Tensor], device: torch.device) -> Tensor:

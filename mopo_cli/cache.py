@@ -28,6 +28,7 @@ from mopo_cli.data.table import TokenTable
 from mopo_cli.data.tokens import Collator, Encoder, TokenRow
 from mopo_cli.models.logprobs import all_logps
 from mopo_cli.processes import agree
+from mopo_cli.runs import whole
 from mopo_cli.types import Example
 
 if TYPE_CHECKING:
@@ -60,6 +61,25 @@ def judge_key(config: TrainConfig, inputs: Inputs) -> str:
     )
 
 
+def policy_key(config: TrainConfig, inputs: Inputs, judge: nn.Module, name: str, about: Sequence[object]) -> str:
+    """What a policy depends on that a method has trained, from inputs.policy as it is, on the training data."""
+    labels = hashlib.sha256()
+    for example in inputs.examples["train"]:
+        labels.update(repr((example.pairs, example.labels)).encode())
+    settings = asdict(config)
+    general = {key: settings[key] for key in ("steps", "batch_size", "gradient_accumulation", "optimiser", "seed")}
+    return _key(
+        f"policy-{name}",
+        weights_hash(inputs.policy),
+        weights_hash(judge),
+        _texts(inputs, ("train", "heldout")),
+        labels.hexdigest(),
+        inputs.data.names,
+        general,
+        *about,
+    )
+
+
 def kept_logps(
     accelerator: Accelerator, root: str | None, model: nn.Module, rows: Sequence[TokenRow], collate: Collator
 ) -> list[Tensor]:
@@ -70,11 +90,8 @@ def kept_logps(
         found.append(all_logps(model, rows, collate))
 
     def save(path: Path) -> None:
-        temporary = path.with_name(f".{path.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        np.save(temporary / "logps.npy", torch.cat(found[0]).numpy())
-        temporary.rename(path)
+        with whole(path) as place:
+            np.save(place / "logps.npy", torch.cat(found[0]).numpy())
 
     def load(path: Path) -> None:
         values = torch.from_numpy(np.load(path / "logps.npy"))
@@ -151,7 +168,7 @@ def tokens_key(encoder: Encoder, examples: Sequence[Example]) -> str:
         digest.update(repr((example.prompt, example.responses)).encode("utf-8", "surrogatepass"))
     tokenizer = encoder.tokenizer
     about = tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map  # type: ignore[attr-defined]
-    settings = encoder.chat_template, type(tokenizer).__name__, tokenizers.__version__
+    settings = encoder.chat_template, encoder.condition, type(tokenizer).__name__, tokenizers.__version__
     return _key("tokens", about, settings, digest.hexdigest())
 
 

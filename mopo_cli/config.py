@@ -616,6 +616,11 @@ def check_objectives(objectives: dict[str, ObjectiveConfig]) -> None:
         )
 
 
+def algorithm_name(config: TrainConfig) -> str:
+    """What reports call the method: algorithm.name, else what _target_ names."""
+    return str(config.algorithm.get("name") or config.algorithm["_target_"].rpartition(".")[2].lower())
+
+
 def to_yaml(config: Any) -> str:
     """YAML of a composed or typed config."""
     if not isinstance(config, DictConfig | ListConfig):

@@ -33,9 +33,9 @@ class RunFacts:
     batch_size: int
     prompts: int  # of one measurement on samples
     duals: Sequence[Sequence[float]]  # one entry a logged step
-    thresholds: Sequence[float]
+    thresholds: Sequence[float | None]
     n_eff: Sequence[float]  # one entry a logged step
-    estimator: str
+    estimator: str | None  # None: of a method that follows no win rates, and holds no constraint
     kl: float
     entropy: Sequence[float]  # one entry a measurement
     off_support: float  # share of the last measurement's samples that lie outside the data's support
@@ -49,6 +49,10 @@ class RunFacts:
     @property
     def secondaries(self) -> list[str]:
         return [objective.name for objective in self.objectives[1:]]
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        return {name: b for name, b in zip(self.secondaries, self.thresholds, strict=True) if b is not None}
 
     @property
     def scheduled(self) -> list[str]:
@@ -75,6 +79,8 @@ def warnings(facts: RunFacts) -> list[str]:
         _blind_judge,
         _no_conflict,
     )
+    if facts.estimator is None:
+        signs = (_missed, _no_movement, _blind_judge)
     return [message for sign in signs for message in sign(facts)]
 
 
@@ -92,7 +98,7 @@ def unattainable(
 
 def _infeasible(facts: RunFacts) -> list[str]:
     best = dict(zip(facts.secondaries, facts.attainable, strict=False))
-    wanted = dict(zip(facts.secondaries, facts.thresholds, strict=True))
+    wanted = facts.bounds
     return [
         f"infeasible: the multiplier of {name} grew to its bound while its win rate stayed below {wanted[name]:.3f}; "
         + _what_is_attainable(wanted[name], best.get(name))
@@ -113,7 +119,7 @@ def _what_is_attainable(wanted: float, best: float | None) -> str:
 def _missed(facts: RunFacts) -> list[str]:
     return [
         f"{name}: the win rate {facts.evaluated[name]:.3f} ± {facts.noise[name]:.3f} is below the threshold {b:.3f}"
-        for name, b in zip(facts.secondaries, facts.thresholds, strict=True)
+        for name, b in facts.bounds.items()
         if name not in facts.infeasible and facts.evaluated[name] + facts.noise[name] < b
     ]
 
@@ -168,7 +174,7 @@ def _small_sample(facts: RunFacts) -> list[str]:
         "offline": f"batch_size={math.ceil(facts.batch_size * factor)} or more would do",
         "heldout": f"hold out {math.ceil(factor)} times the pairs, or use algorithm.estimator=onpolicy",
         "onpolicy": f"onpolicy.prompts={math.ceil(facts.prompts * factor)} or more would do",
-    }[facts.estimator]
+    }[str(facts.estimator)]
     return [
         f"the {facts.estimator} estimate of R_j rests on {n:.0f} effective samples, so lambda and chi are noisy: "
         + advice
@@ -192,7 +198,7 @@ def _never_refreshed(facts: RunFacts) -> list[str]:
 def _schedule_astray(facts: RunFacts) -> list[str]:
     """After refreshes: a b_j that lags its win rate, or one that followed it down."""
     messages = []
-    for name, b in zip(facts.secondaries, facts.thresholds, strict=True):
+    for name, b in facts.bounds.items():
         if name not in facts.scheduled or not facts.refreshed:
             continue
         if facts.estimated[name] - b > LAG:

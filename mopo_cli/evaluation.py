@@ -41,6 +41,7 @@ class Models:
     encoder: Encoder
     collate: Collator
     judge: PreferenceModel
+    condition: str = ""  # what stands in front of each prompt when the policy is asked; the reference never sees it
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +121,14 @@ def sampled_answers(
     responses: int,
     sampling: SamplingConfig,
     seed: int,
+    condition: str = "",
 ) -> Answers:
-    """`responses` samples of the policy to each prompt."""
-    asked = [encoded_prompt(encoder, example) for example in examples]
-    drawn = sample(policy, encoder, asked, responses, sampling, seed)
-    tokens = [TokenRow(prompt, [d.ids for d in draws]) for prompt, draws in zip(asked, drawn, strict=True)]
+    """`responses` samples of the policy to each prompt, which is asked behind `condition`; the rows are without it."""
+    told = encoder.conditioned(condition)
+    asked = [encoded_prompt(told, example) for example in examples]
+    drawn = sample(policy, told, asked, responses, sampling, seed)
+    plain = [encoded_prompt(encoder, example) for example in examples] if condition else asked
+    tokens = [TokenRow(prompt, [d.ids for d in draws]) for prompt, draws in zip(plain, drawn, strict=True)]
     return Answers([[d.text for d in draws] for draws in drawn], tokens, encoder)
 
 
@@ -146,7 +150,9 @@ def evaluate_samples(
     """Win rates of sampled responses on test prompts, with bootstrap intervals over prompts, and the sampled KL."""
     examples = evaluated_prompts(test, config.prompts, seed)
     given = data_answers(examples, models.encoder)
-    answers = sampled_answers(models.policy, models.encoder, examples, config.responses, sampling, seed + POLICY_SEED)
+    answers = sampled_answers(
+        models.policy, models.encoder, examples, config.responses, sampling, seed + POLICY_SEED, models.condition
+    )
     features = PreferenceFeatures(models.judge, models.encoder, models.collate)
     results, rates = {}, {}
     for k, objective in enumerate(data.objectives):
@@ -166,13 +172,15 @@ def evaluate_samples(
             judge.title,
             verdict(interval, asked),
         )
-    return Evaluation(results, sampled_kl(models, answers), samples_of(examples, answers, rates))
+    return Evaluation(results, sampled_kl(models, examples, answers), samples_of(examples, answers, rates))
 
 
-def sampled_kl(models: Models, answers: Answers) -> float:
+def sampled_kl(models: Models, examples: Sequence[Example], answers: Answers) -> float:
     """KL to the first reference in nats a response, from the policy's own samples."""
     assert answers.tokens is not None
-    now = all_logps(models.policy, answers.tokens, models.collate)
+    told = models.encoder.conditioned(models.condition)
+    asked = [TokenRow(encoded_prompt(told, e), row.responses) for e, row in zip(examples, answers.tokens, strict=True)]
+    now = all_logps(models.policy, asked, models.collate)
     before = reference_logps(models.policy, models.initial, answers.tokens, models.collate)
     return mean_log_ratio(now, before)
 
@@ -204,7 +212,8 @@ def exact_evaluation(
     if not isinstance(data.world, World):
         return None
     rows, win_rates = _listed(data, data.world, models.encoder, prompts)
-    log_policy, mass = _conditional(all_logps(models.policy, rows, models.collate))
+    asked, _ = _listed(data, data.world, models.encoder.conditioned(models.condition), prompts)
+    log_policy, mass = _conditional(all_logps(models.policy, asked, models.collate))
     log_reference, _ = _conditional(reference_logps(models.policy, models.initial, rows, models.collate))
     names = data.names
     bounds = np.array([thresholds.get(name, -math.inf) for name in names[1:]])

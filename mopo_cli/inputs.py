@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from hydra.errors import HydraException
+from hydra.utils import get_class
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mopo_cli import cache
-from mopo_cli.algorithms.mopo import Mopo
 from mopo_cli.config import TrainConfig
 from mopo_cli.console import say, stage, warn
 from mopo_cli.data.prepare import as_text, build, load
@@ -21,6 +23,7 @@ from mopo_cli.models.attention import attend_by_rows
 from mopo_cli.models.load import load_policy, load_tokenizer
 from mopo_cli.models.logprobs import can_pack
 from mopo_cli.runs import RunDirectory
+from mopo_cli.stages import Method
 from mopo_cli.types import Example, PreferenceData
 
 LONG = 128  # tokens of a row, on average, from which attention to each apart beats padding; not on a GPU
@@ -38,7 +41,7 @@ class Inputs:
     collate: Collator
     tokens: dict[str, TokenTable]
     examples: dict[str, list[Example]]
-    method: Mopo
+    method: Method
 
 
 def prepare_inputs(config: TrainConfig, run: RunDirectory | None = None) -> Inputs:
@@ -50,9 +53,10 @@ def prepare_inputs(config: TrainConfig, run: RunDirectory | None = None) -> Inpu
         else:
             tokenizer = AutoTokenizer.from_pretrained(run.model)
         policy = load_policy(config.model, tokenizer, config.seed)
-        encoder = Encoder(tokenizer, config.model.max_length, config.model.chat_template)
-        encoded = {name: _encoded(config, encoder, getattr(data, name)) for name in ("train", "heldout", "test")}
         method = build_method(config, data.names, data.thresholds)
+        encoder = Encoder(tokenizer, config.model.max_length, config.model.chat_template)
+        encoder.room = encoder.condition_tokens(method.longest_condition)
+        encoded = {name: _encoded(config, encoder, getattr(data, name)) for name in ("train", "heldout", "test")}
         progress.advance(1)
     for note in (data.provenance.get(name) for name in ("sample", "test_sample")):
         if note:
@@ -119,14 +123,14 @@ def texts_of(examples: Sequence[Example]) -> Iterator[str]:
     yield from (as_text(response) for example in examples for response in example.responses)
 
 
-def build_method(config: TrainConfig, names: tuple[str, ...], thresholds: tuple[float | None, ...]) -> Mopo:
-    return build(
-        {**config.algorithm, "_partial_": False},
-        "algorithm",
-        names=names,
-        thresholds=thresholds,
-        tau=config.tau,
-        beta=config.beta,
-        epsilon=config.epsilon,
-        t0=config.t0,
-    )
+def build_method(config: TrainConfig, names: tuple[str, ...], thresholds: tuple[float | None, ...]) -> Method:
+    """The method that algorithm._target_ names, with those of the run's settings that it takes."""
+    node = {key: value for key, value in config.algorithm.items() if key != "name"}
+    try:
+        target = get_class(str(node.get("_target_")))
+    except (ImportError, ValueError, HydraException) as error:
+        raise UserError(f"algorithm._target_: {' '.join(str(error).split())}") from None
+    given = {"names": names, "thresholds": thresholds}
+    given |= {key: getattr(config, key) for key in ("tau", "beta", "epsilon", "t0")}
+    taken = inspect.signature(target).parameters
+    return build({**node, "_partial_": False}, "algorithm", **{k: v for k, v in given.items() if k in taken})

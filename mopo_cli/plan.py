@@ -23,8 +23,8 @@ from rich.table import Table
 
 from mopo_cli import config as configs
 from mopo_cli import oracle
-from mopo_cli.algorithms.mopo import resolve_epsilon
-from mopo_cli.config import PlanConfig
+from mopo_cli.algorithms.mopo import Mopo, resolve_epsilon
+from mopo_cli.config import PlanConfig, algorithm_name
 from mopo_cli.console import say, show, stage, warn
 from mopo_cli.data.assistant import World
 from mopo_cli.errors import UserError
@@ -314,6 +314,7 @@ def judge_thresholds(
 ) -> tuple[dict[str, Asked], Answer, float]:
     """The objective set as it stands: which thresholds bind, which never do, which cannot be met; also epsilon."""
     method, objectives = inputs.method, inputs.data.objectives
+    assert isinstance(method, Mopo)
     thresholds = method.thresholds.numpy()
     best = answer(pool, labelled, config.tau, thresholds)
     n_eff = float(min(config.onpolicy.prompts, len(inputs.examples["heldout"])))
@@ -486,6 +487,10 @@ def command(composed: DictConfig) -> int:
     quiet_libraries()
     set_seed(config.seed)
     inputs = prepare_inputs(config)
+    if not isinstance(inputs.method, Mopo):
+        raise UserError(
+            f"algorithm={algorithm_name(config)}: holds no thresholds, so there is nothing to plan; use mopo"
+        )
     check_pairs(inputs)
     accelerator = build_accelerator()
     judge, accuracy = fit(config, accelerator, inputs)

@@ -183,6 +183,7 @@ def encoder_of(settings: EvalConfig, entrant: Entrant, data: PreferenceData) -> 
     """The entrant's encoder, which has seen the data's lengths, and the test prompts that fit it."""
     model = model_of(settings, entrant)
     encoder = Encoder(tokenizer_of(entrant, model), model.max_length, model.chat_template)
+    encoder.room = encoder.condition_tokens(str(entrant.summary.get("condition") or ""))
     kept = [encoder.rows(part, "drop")[1] for part in (data.train, data.heldout, data.test) if part]
     return encoder, {as_text(example.prompt) for part in kept for example in part}
 
@@ -263,23 +264,29 @@ def respond_run(
             load_weights(policy, run.reference)
         initial = snapshot(policy)
         load_weights(policy, run.model)
-    models = Models(policy, initial, encoder, collate, None)  # type: ignore[arg-type]  # no judge is asked here
-    answers = sampled(settings, policy, encoder, given.examples, POLICY_SEED)
+    condition = str(entrant.summary.get("condition") or "")
+    models = Models(policy, initial, encoder, collate, None, condition)  # type: ignore[arg-type]  # no judge is asked
+    answers = sampled(settings, policy, encoder, given.examples, POLICY_SEED, condition)
     with loaded(policy, initial):
         reference = sampled(settings, policy, encoder, given.examples, REFERENCE_SEED)
     exact = exact_evaluation(
         models, given.data, thresholds_of(given, entrant), entrant.trained.tau, settings.evaluation.exact_prompts
     )
-    one = Responded(entrant, answers, reference, sampled_kl(models, answers), cut_off(answers), exact)
+    one = Responded(entrant, answers, reference, sampled_kl(models, given.examples, answers), cut_off(answers), exact)
     one.exact = exact.win_rate if exact else {}
     return one, features
 
 
 def sampled(
-    settings: EvalConfig, policy: nn.Module, encoder: Encoder, examples: Sequence[Example], seed: int
+    settings: EvalConfig,
+    policy: nn.Module,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    seed: int,
+    condition: str = "",
 ) -> Answers:
     return sampled_answers(
-        policy, encoder, examples, settings.evaluation.responses, settings.sampling, settings.seed + seed
+        policy, encoder, examples, settings.evaluation.responses, settings.sampling, settings.seed + seed, condition
     )
 
 

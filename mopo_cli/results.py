@@ -17,9 +17,7 @@ import torch
 import transformers
 
 from mopo_cli import __version__, diagnostics
-from mopo_cli.algorithms.mopo import Estimate
-from mopo_cli.alignment import Alignment
-from mopo_cli.config import TrainConfig
+from mopo_cli.config import TrainConfig, algorithm_name
 from mopo_cli.console import say, stage, warn
 from mopo_cli.evaluation import (
     Evaluation,
@@ -35,6 +33,7 @@ from mopo_cli.inputs import Inputs
 from mopo_cli.model_card import model_card
 from mopo_cli.models.save import save_model
 from mopo_cli.runs import RunDirectory, write_json
+from mopo_cli.stages import Aligned
 from mopo_cli.tracking import Tracker
 
 
@@ -52,30 +51,28 @@ def finish(
     config: TrainConfig,
     inputs: Inputs,
     models: Models,
-    alignment: Alignment,
-    estimate: Estimate,
+    aligned: Aligned,
     accuracy: list[float],
     run: RunDirectory,
     tracker: Tracker,
     started: float,
 ) -> Outcome:
     """Save the model, evaluate, write summary.json last, and show the result."""
-    method, names = inputs.method, inputs.data.names
-    save_model(alignment.policy, inputs.tokenizer, run.model)
-    thresholds = dict(zip(names[1:], method.state.thresholds, strict=True))
-    estimated = dict(zip(names, estimate.win_rates.tolist(), strict=True))
+    save_model(models.policy, inputs.tokenizer, run.model)
+    asked = {o.name: o.threshold for o in inputs.data.objectives if o.threshold is not None}
+    thresholds = aligned.thresholds or asked
     with stage("evaluation", 2) as progress:
         test = inputs.examples["test"]
         evaluation = evaluate_samples(
-            models, inputs.data, test, thresholds, estimated, config.evaluation, config.sampling, config.seed
+            models, inputs.data, test, thresholds, aligned.estimated, config.evaluation, config.sampling, config.seed
         )
         progress.advance(1)
         exact = exact_evaluation(models, inputs.data, thresholds, config.tau, config.evaluation.exact_prompts)
         evaluation = settle(evaluation, exact)
         progress.advance(2)
-    signs = diagnostics.warnings(facts(config, inputs, alignment, evaluation, exact, estimated, accuracy, tracker))
-    state = "infeasible" if method.infeasible else "done"
-    summary = summarise(config, inputs, alignment, evaluation, exact, accuracy, signs, state)
+    signs = diagnostics.warnings(facts(config, inputs, aligned, evaluation, exact, accuracy, tracker))
+    state = "infeasible" if aligned.infeasible else "done"
+    summary = summarise(config, inputs, aligned, evaluation, exact, accuracy, signs, state)
     summary["train"]["wall_seconds"] = time.perf_counter() - started
     write_samples(run, evaluation.samples)
     figures = draw(tracker.history, evaluation, exact, run)
@@ -83,7 +80,7 @@ def finish(
     (run.model / "README.md").write_text(card, encoding="utf-8")
     publish(tracker, evaluation, figures, signs, summary)
     write_json(run.summary, summary)
-    run.set_state(state, step=alignment.steps_done)
+    run.set_state(state, step=aligned.work.steps)
     write_report(run)
     sync = tracker.finish()
     for text in signs:
@@ -107,15 +104,13 @@ def write_report(run: RunDirectory) -> None:
 def facts(
     config: TrainConfig,
     inputs: Inputs,
-    alignment: Alignment,
+    aligned: Aligned,
     evaluation: Evaluation,
     exact: Exact | None,
-    estimated: dict[str, float],
     accuracy: list[float],
     tracker: Tracker,
 ) -> diagnostics.RunFacts:
-    method, names = inputs.method, inputs.data.names
-    results = evaluation.objectives
+    names, results = inputs.data.names, evaluation.objectives
     return diagnostics.RunFacts(
         objectives=inputs.data.objectives,
         tau=config.tau,
@@ -124,16 +119,16 @@ def facts(
         steps=config.steps,
         batch_size=config.batch_size,
         prompts=min(config.onpolicy.prompts, len(inputs.examples["heldout"])),
-        duals=[[line[f"dual/{name}"] for name in names[1:]] for line in tracker.history],
-        thresholds=method.state.thresholds,
-        n_eff=[line["n_eff"] for line in tracker.history],
-        estimator=method.estimator,
+        duals=[[line[f"dual/{name}"] for name in names[1:]] for line in tracker.history] if aligned.duals else [],
+        thresholds=[results[name].threshold for name in names[1:]],
+        n_eff=[line["n_eff"] for line in tracker.history if "n_eff" in line],
+        estimator=aligned.estimator,
         kl=evaluation.kl,
-        entropy=alignment.entropy,
-        off_support=alignment.off_support,
-        attainable=list(exact.attainable.values()) if exact else alignment.pool_attainable,
-        infeasible=method.infeasible,
-        estimated=estimated,
+        entropy=aligned.entropy,
+        off_support=aligned.off_support,
+        attainable=list(exact.attainable.values()) if exact else aligned.attainable,
+        infeasible=aligned.infeasible,
+        estimated=aligned.estimated,
         evaluated={name: result.win_rate for name, result in results.items()},
         noise={name: (r.win_rate_ci95[1] - r.win_rate_ci95[0]) / 2 for name, r in results.items()},
         heldout_accuracy=dict(zip(names, accuracy, strict=True)),
@@ -143,7 +138,7 @@ def facts(
 def summarise(
     config: TrainConfig,
     inputs: Inputs,
-    alignment: Alignment,
+    aligned: Aligned,
     evaluation: Evaluation,
     exact: Exact | None,
     accuracy: list[float],
@@ -152,22 +147,28 @@ def summarise(
 ) -> dict[str, Any]:
     """summary.json but for its wall-clock time."""
     names = inputs.data.names
-    seconds = (alignment.timing.seconds or math.inf) / alignment.accelerator.num_processes
+    work = aligned.work
+    seconds = work.timing.seconds or math.inf
     return {
         "state": state,
+        "algorithm": algorithm_name(config),
+        "condition": aligned.condition,
         "objectives": {name: asdict(result) for name, result in evaluation.objectives.items()},
         "kl": evaluation.kl,
-        "off_support": alignment.off_support,
-        "duals": dict(zip(names[1:], inputs.method.state.duals, strict=True)),
+        "off_support": aligned.off_support,
+        "duals": aligned.duals,
         "oracle": asdict(exact) if exact else None,
         "train": {
-            "steps": alignment.steps_done,
-            "pairs_per_second": alignment.pairs / seconds,
-            "tokens_per_second": alignment.tokens / seconds,
+            "steps": work.steps,
+            "reused_steps": work.reused_steps,
+            "samples": work.samples,
+            "reused_samples": work.reused_samples,
+            "pairs_per_second": work.pairs / seconds,
+            "tokens_per_second": work.tokens / seconds,
             "peak_memory_mb": peak_memory_mb(),
-            "alignment_seconds": alignment.timing.seconds,
-            "estimate_seconds": alignment.timing.estimate,
-            "fresh_seconds": alignment.timing.fresh,
+            "alignment_seconds": work.timing.seconds,
+            "estimate_seconds": work.timing.estimate,
+            "fresh_seconds": work.timing.fresh,
         },
         "heldout_accuracy": dict(zip(names, accuracy, strict=True)),
         "warnings": signs,

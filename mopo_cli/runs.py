@@ -6,7 +6,9 @@ import fcntl
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -39,6 +41,21 @@ def write_atomic(path: Path, text: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def whole(directory: Path) -> Iterator[Path]:
+    """An empty directory beside `directory` to write into, which takes its place in the end: it is whole or absent."""
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(directory, ignore_errors=True)
+    temporary.rename(directory)
 
 
 def write_json(path: Path, value: Any) -> None:

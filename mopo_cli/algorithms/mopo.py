@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from scipy.special import chdtri
 from torch import Tensor
 
 from mopo_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from mopo_cli.stages import Aligned, Setting
 
 Number = TypeVar("Number", float, Tensor)
 
@@ -344,6 +347,8 @@ class State:
 class Mopo:
     """The method's settings and state. `loss` is called each step, `observe` whenever R_j is measured."""
 
+    longest_condition = ""
+
     def __init__(
         self,
         names: tuple[str, ...],
@@ -404,6 +409,12 @@ class Mopo:
     @property
     def thresholds(self) -> Tensor:
         return torch.tensor(self.state.thresholds, dtype=torch.float64)
+
+    def align(self, setting: Setting) -> Aligned:
+        """Train setting.inputs.policy (alignment.py)."""
+        from mopo_cli.alignment import align
+
+        return align(setting, self)
 
     def loss(self, batch: LogpBatch) -> Tensor:
         """(B,) unreduced losses."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import overload
 
 import numpy as np
+
+from mopo_cli.runs import whole
 
 BLOCK = 4096  # rows that are gathered at a time, for the digest
 
@@ -101,12 +102,9 @@ class TokenTable(Sequence[TokenRow]):
 
     def save(self, path: Path) -> None:
         """A directory with a file an array; whole or absent."""
-        temporary = path.with_name(f".{path.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for name in self.__slots__:
-            np.save(temporary / f"{name}.npy", getattr(self, name), allow_pickle=False)
-        temporary.rename(path)
+        with whole(path) as place:
+            for name in self.__slots__:
+                np.save(place / f"{name}.npy", getattr(self, name), allow_pickle=False)
 
     @classmethod
     def load(cls, path: Path) -> TokenTable:

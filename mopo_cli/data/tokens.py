@@ -72,18 +72,48 @@ PARALLEL = "TOKENIZERS_PARALLELISM"
 
 
 class Encoder:
-    """Renders and tokenises prompts and responses for one tokenizer."""
+    """Renders and tokenises prompts and responses for one tokenizer.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, chat_template: str = "auto"):
+    A `condition` is what a policy is told of the user's wishes: it stands in front of each prompt, as a line of its own
+    or as a conversation's system message. `room` tokens of the context are kept free for it.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        chat_template: str = "auto",
+        condition: str = "",
+        room: int = 0,
+    ):
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.condition, self.room = condition, room
         self.chat_template = chat_template
         self.longest_response = max_length  # tokens; learnt from the rows encoded so far
         self._longest_seen = 0
         self._ids = lru_cache(16384)(self._encode)  # prompts and responses come again in rows and samples
 
+    def conditioned(self, condition: str) -> Encoder:
+        """This encoder, with `condition` in front of each prompt."""
+        if condition == self.condition:
+            return self
+        other = Encoder(self.tokenizer, self.max_length, self.chat_template, condition, self.room)
+        other.longest_response = self.longest_response
+        return other
+
+    def condition_tokens(self, condition: str) -> int:
+        """How much longer a prompt may become by a condition, in tokens: its own, and those of a template around it."""
+        if not condition:
+            return 0
+        prompts: list[Text] = ["x", [{"role": "user", "content": "x"}]]
+        told = self.conditioned(condition)
+        return max(len(told.prompt_ids(prompt, "x")) - len(self.prompt_ids(prompt, "x")) for prompt in prompts) + 1
+
     def prompt_text(self, prompt: Text, response: Text = "") -> str:
         """The text in front of a response. A plain prompt that would be glued to it is ended by a newline."""
+        if self.condition:
+            prompt = _told(prompt, self.condition)
         if isinstance(prompt, str) and self.chat_template != "always":
             glued = prompt[-1:].strip() and _content(response)[:1].strip()
             return prompt + ("\n" if glued else "")
@@ -182,7 +212,7 @@ class Encoder:
         if overlong not in ("error", "drop"):
             raise UserError(f"dataset.overlong={overlong}: must be error or drop")
         longest = table.longest_responses
-        fits = table.prompt_lengths + longest <= self.max_length
+        fits = table.prompt_lengths + longest <= self.max_length - self.room
         if not fits.all():
             if overlong == "error":
                 self._overlong(table, examples, fits)
@@ -197,7 +227,8 @@ class Encoder:
         row = table[i]
         raise UserError(
             f"{examples[i].source}: prompt of {len(row.prompt)} tokens with a response of "
-            f"{max(map(len, row.responses))} does not fit the context of {self.max_length} (model.max_length); "
+            f"{max(map(len, row.responses))} does not fit the context of {self.max_length - self.room} "
+            f"(model.max_length{f' less {self.room} for the condition' if self.room else ''}); "
             f"{int((~fits).sum())} of {len(fits)} rows are too long. Set dataset.overlong=drop to leave them out, or "
             "raise model.max_length"
         )
@@ -212,6 +243,15 @@ def _tokenizer_threads() -> Iterator[None]:
         yield
     finally:
         os.environ[PARALLEL] = before or "false"
+
+
+def _told(prompt: Text, condition: str) -> Text:
+    """The prompt with a condition in front: a line of text, or the (first) system message."""
+    if isinstance(prompt, str):
+        return f"{condition}\n{prompt}"
+    if prompt and prompt[0]["role"] == "system":
+        return [{"role": "system", "content": f"{condition}\n{prompt[0]['content']}"}, *prompt[1:]]
+    return [{"role": "system", "content": condition}, *prompt]
 
 
 def _content(response: Text) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from mopo_cli.data.tokens import Collator, TokenBatch, TokenRow
 from mopo_cli.models.logprobs import backbone_of, budget_batches, gather_slots, hidden_states, unwrap
+from mopo_cli.runs import whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,21 +112,17 @@ def win_probabilities(model: PreferenceModel, first: Tensor, second: Tensor) -> 
 def save_preference_model(
     model: PreferenceModel, directory: Path, names: Sequence[str], heldout_accuracy: Sequence[float]
 ) -> None:
-    """Weights and a record of what they are, whole or absent: written beside and renamed."""
-    temporary = directory.with_name(f".{directory.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    """Weights and a record of what they are, whole or absent."""
     weights = {k: v.contiguous().cpu() for k, v in model.state_dict().items()}
-    save_file(weights, temporary / "preference_model.safetensors")
     record = {
         "objectives": list(names),
         "form": model.form,
         "rank": model.rank,
         "heldout_accuracy": list(heldout_accuracy),
     }
-    (temporary / "preference_model.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(directory, ignore_errors=True)
-    temporary.rename(directory)
+    with whole(directory) as place:
+        save_file(weights, place / "preference_model.safetensors")
+        (place / "preference_model.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def load_preference_model(directory: Path, policy: nn.Module) -> tuple[PreferenceModel, list[float]]:

@@ -22,6 +22,14 @@ def snapshot(policy: nn.Module) -> Snapshot:
     return {name: p.detach().to("cpu", copy=True) for name, p in policy.named_parameters() if p.requires_grad}
 
 
+@torch.no_grad()
+def put(policy: nn.Module, weights: Snapshot) -> None:
+    """Copy a snapshot into the policy."""
+    for name, p in policy.named_parameters():
+        if name in weights:
+            p.copy_(weights[name])
+
+
 @contextmanager
 def loaded(policy: nn.Module, weights: Snapshot) -> Iterator[nn.Module]:
     """The policy with `weights` in place of its own, which come back at the end."""

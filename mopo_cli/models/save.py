@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from mopo_cli.runs import whole
 
 
 def _inner(policy: nn.Module) -> nn.Module:
@@ -18,17 +19,14 @@ def _inner(policy: nn.Module) -> nn.Module:
 
 
 def save_model(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Safetensors, config and tokenizer; with LoRA the adapter alone. Written beside and renamed."""
-    temporary = directory.with_name(f".{directory.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    """Safetensors, config and tokenizer; with LoRA the adapter alone."""
     model = _inner(policy)
     cache = model.config.use_cache  # type: ignore[union-attr]
     model.config.use_cache = True  # type: ignore[union-attr]
-    model.save_pretrained(temporary, safe_serialization=True)  # type: ignore[operator]
+    with whole(directory) as place:
+        model.save_pretrained(place, safe_serialization=True)  # type: ignore[operator]
+        tokenizer.save_pretrained(place)
     model.config.use_cache = cache  # type: ignore[union-attr]
-    tokenizer.save_pretrained(temporary)
-    shutil.rmtree(directory, ignore_errors=True)
-    temporary.rename(directory)
 
 
 @torch.no_grad()
