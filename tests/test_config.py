@@ -70,7 +70,7 @@ class TestOptions:
     def test_an_algorithm_takes_the_arguments_of_its_file(self, option: str):
         node = train(f"algorithm={option}").algorithm
         target = get_method(node.pop("_target_"))
-        assert set(node) - {"_partial_"} <= set(inspect.signature(target).parameters)
+        assert set(node) - {"name"} <= set(inspect.signature(target).parameters)
 
     @pytest.mark.parametrize("option", [option for _, option in options("dataset")])
     def test_a_data_set_takes_the_arguments_of_its_file(self, option: str):
