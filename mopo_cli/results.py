@@ -119,7 +119,10 @@ def facts(
         steps=config.steps,
         batch_size=config.batch_size,
         prompts=min(config.onpolicy.prompts, len(inputs.examples["heldout"])),
-        duals=[[line[f"dual/{name}"] for name in names[1:]] for line in tracker.history] if aligned.duals else [],
+        duals=[
+            *([line[f"dual/{name}"] for name in names[1:]] for line in tracker.history if f"dual/{names[-1]}" in line),
+            *([list(aligned.duals.values())] if aligned.duals else []),
+        ],
         thresholds=[results[name].threshold for name in names[1:]],
         n_eff=[line["n_eff"] for line in tracker.history if "n_eff" in line],
         estimator=aligned.estimator,

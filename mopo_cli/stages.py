@@ -68,6 +68,9 @@ class Work:
     timing: Timing = field(default_factory=Timing)
 
 
+COUNTED = ("steps", "samples", "reused_steps", "reused_samples")  # in all; the rest, since the run was last resumed
+
+
 @dataclass
 class Aligned:
     """What a method leaves besides the policy. What only a constrained method knows is empty for the others."""
@@ -103,6 +106,9 @@ class Stage(Protocol):
 
     @property
     def trainer(self) -> Trainer: ...
+
+    @property
+    def work(self) -> Work: ...
 
     @property
     def ended(self) -> bool:
@@ -180,6 +186,8 @@ def _restored(setting: Setting, stage: Stage, first: int) -> int:
         return 0
     setting.accelerator.load_state(str(found))
     stage.restore(found)
+    for name, count in read_json(found / "work.json").items():
+        setattr(stage.work, name, count)
     return _number(found) - first
 
 
@@ -194,6 +202,7 @@ def _save(setting: Setting, stage: Stage, first: int, step: int) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         stage.save(temporary)
+        write_json(temporary / "work.json", {name: getattr(stage.work, name) for name in COUNTED})
         final = directory / f"step-{first + step}"
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
@@ -228,7 +237,7 @@ class Descent:
         self._started, self._pairs, self._tokens = time.perf_counter(), work.pairs, work.tokens
 
     def prepare(self, start: int) -> None:
-        self.work.steps += start
+        pass
 
     def task(self) -> Task:
         return self._task

@@ -9,6 +9,7 @@ import os
 import shlex
 import signal
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from mopo_cli.grid import (
     preset_grid,
     settings_of,
 )
-from mopo_cli.launchers import Pool, apart
+from mopo_cli.launchers import Pool, apart, start_server
 from mopo_cli.processes import alone
 from mopo_cli.runs import RunDirectory, check_place, check_same_settings, locked, open_run
 from mopo_cli.sweep_results import (
@@ -63,6 +64,8 @@ def command(overrides: Sequence[str], user_config_dir: str | None, show_config: 
     composed = configs.compose("sweep", [*own, *first], user_config_dir)
     settings: configs.SweepConfig = configs.typed(composed.sweep, configs.SweepConfig)
     configs.check_sweep(settings)
+    if not show_config and not settings.dry_run:
+        start_server()  # it imports what runs need while their configs are composed
     launcher, sweeper = _built(composed.launcher, "launcher"), _built(composed.sweeper, "sweeper")
     directory = Path(settings.dir).expanduser()
     sweeper.check()
@@ -304,14 +307,16 @@ class Sweep:
         failed = [line for line in self.board.lines.values() if line.record.state not in ENDED]
         self._write("failed" if failed else "done")
         ended = [(r.overrides, self.directory / "runs" / r.id) for r in records if r.state in ENDED]
-        figures = apart(draw, ended, self.directory) if ended and self.board.count else []
-        upload = self._publish(figures, again) if self.board.count else None
+        with ThreadPoolExecutor(1) as beside:  # the page is made while the figures are
+            page = beside.submit(apart, write_page, self.directory) if ended and self.board.count else None
+            figures = apart(draw, ended, self.directory) if page else []
+            upload = self._publish(figures, again) if self.board.count else None
         show_results(records)
         say(f"results        {self.directory / 'results.csv'}")
         for path in figures:
             say(f"figure         {path}")
-        if ended and self.board.count:
-            say(apart(write_page, self.directory))
+        if page:
+            say(page.result())
         if failed:
             say(f"log            {self.directory / 'runs' / '*' / 'log.txt'}")
             say(f"{len(failed)} of {self.points.total} runs have not ended well; go on with: {again}")
