@@ -81,9 +81,12 @@ def policy_key(config: TrainConfig, inputs: Inputs, judge: nn.Module, name: str,
 
 
 def kept_logps(
-    accelerator: Accelerator, root: str | None, model: nn.Module, rows: Sequence[TokenRow], collate: Collator
+    accelerator: Accelerator | None, root: str | None, model: nn.Module, rows: Sequence[TokenRow], collate: Collator
 ) -> list[Tensor]:
-    """(G,) log-probs of each row's responses under a model as it is: from an earlier run, else computed and kept."""
+    """(G,) log-probs of each row's responses under a model as it is: from an earlier run, else computed and kept.
+
+    Without an accelerator this process works for itself.
+    """
     found: list[list[Tensor]] = []
 
     def compute() -> None:
@@ -173,7 +176,7 @@ def tokens_key(encoder: Encoder, examples: Sequence[Example]) -> str:
 
 
 def fitted(
-    accelerator: Accelerator,
+    accelerator: Accelerator | None,
     root: str | None,
     key: Callable[[], str],
     own: Path | None,
@@ -188,20 +191,21 @@ def fitted(
     """
     if own is not None and own.is_dir():
         return load(own)
+    main = accelerator is None or accelerator.is_main_process
     if root is None:
         fit()
-        if own is not None and accelerator.is_main_process:
+        if own is not None and main:
             save(own)
         return None
     path = Path(root).expanduser() / key()
-    with _held(path.parent, path.name) if accelerator.is_main_process else nullcontext():
-        if agree(accelerator, path.is_dir):
+    with _held(path.parent, path.name) if main else nullcontext():
+        if path.is_dir() if accelerator is None else agree(accelerator, path.is_dir):
             load(path)
         else:
             fit()
-            if accelerator.is_main_process:
+            if main:
                 save(path)
-    if own is not None and accelerator.is_main_process:
+    if own is not None and main:
         _link(path, own)
     return None
 

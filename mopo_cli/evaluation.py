@@ -15,6 +15,7 @@ from scipy.special import logsumexp
 from torch import nn
 
 from mopo_cli import oracle, pareto
+from mopo_cli.cache import kept_logps
 from mopo_cli.config import EvaluationConfig, SamplingConfig
 from mopo_cli.console import say, show
 from mopo_cli.data.assistant import World
@@ -23,7 +24,7 @@ from mopo_cli.data.tokens import Collator, Encoder, TokenRow
 from mopo_cli.judges import Answers, Judge, PreferenceFeatures, encoded_prompt, own_judge
 from mopo_cli.models.logprobs import all_logps
 from mopo_cli.models.preference import PreferenceModel
-from mopo_cli.models.reference import Snapshot, reference_logps
+from mopo_cli.models.reference import Snapshot, loaded, reference_logps
 from mopo_cli.models.sampling import sample
 from mopo_cli.runs import RunDirectory, write_atomic
 from mopo_cli.significance import bootstrap_ci, verdict
@@ -42,6 +43,7 @@ class Models:
     collate: Collator
     judge: PreferenceModel
     condition: str = ""  # what stands in front of each prompt when the policy is asked; the reference never sees it
+    cache: str | None = None  # where the reference's log-probs of an enumerable world are kept for other runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,9 +214,11 @@ def exact_evaluation(
     if not isinstance(data.world, World):
         return None
     rows, win_rates = _listed(data, data.world, models.encoder, prompts)
-    asked, _ = _listed(data, data.world, models.encoder.conditioned(models.condition), prompts)
+    told = models.encoder.conditioned(models.condition)
+    asked = _listed(data, data.world, told, prompts)[0] if models.condition else rows
     log_policy, mass = _conditional(all_logps(models.policy, asked, models.collate))
-    log_reference, _ = _conditional(reference_logps(models.policy, models.initial, rows, models.collate))
+    with loaded(models.policy, models.initial):
+        log_reference, _ = _conditional(kept_logps(None, models.cache, models.policy, rows, models.collate))
     names = data.names
     bounds = np.array([thresholds.get(name, -math.inf) for name in names[1:]])
     best = oracle.solve(win_rates, log_reference, tau, bounds)

@@ -265,7 +265,8 @@ def respond_run(
         initial = snapshot(policy)
         load_weights(policy, run.model)
     condition = str(entrant.summary.get("condition") or "")
-    models = Models(policy, initial, encoder, collate, None, condition)  # type: ignore[arg-type]  # no judge is asked
+    kept = entrant.trained.cache if entrant.trained.cache and Path(entrant.trained.cache).is_dir() else None
+    models = Models(policy, initial, encoder, collate, None, condition, kept)  # type: ignore[arg-type]  # nobody judges
     answers = sampled(settings, policy, encoder, given.examples, POLICY_SEED, condition)
     with loaded(policy, initial):
         reference = sampled(settings, policy, encoder, given.examples, REFERENCE_SEED)

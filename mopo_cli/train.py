@@ -72,7 +72,7 @@ def train(config: TrainConfig, composed: DictConfig, run: RunDirectory, accelera
         part_ways()
         if not accelerator.is_main_process:
             return Outcome("infeasible" if aligned.infeasible else "done")
-        models = Models(inputs.policy, initial, inputs.encoder, inputs.collate, judge, aligned.condition)
+        models = Models(inputs.policy, initial, inputs.encoder, inputs.collate, judge, aligned.condition, config.cache)
         return finish(config, inputs, models, aligned, accuracy, run, tracker, started)
 
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from mopo_cli.data.tokens import Collator, Encoder, TokenBatch, TokenRow, row_lengths, under_budget
+from mopo_cli.data.tokens import Collator, Encoder, TokenBatch, TokenRow, row_length, row_lengths, under_budget
 
 _CHUNK = (2**25, 2**26)  # logits held at once, on a CPU and on a GPU
+ROW = 112  # response tokens that a prompt is written once for, at least, in a pass without gradient
 _SPLITS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # what `splits` found, a model
 
 
@@ -272,16 +273,34 @@ def all_logps(model: nn.Module, rows: Sequence[TokenRow], collate: Collator) -> 
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    out: list[Tensor | None] = [None] * len(rows)
-    for numbers in budget_batches(rows, collate, device):
-        batch = collate([rows[i] for i in numbers]).to(device)
+    split = [_shorter(row) if collate.packed and not collate.apart else [row] for row in rows]
+    pieces = [piece for row in split for piece in row]
+    out: list[Tensor | None] = [None] * len(pieces)
+    for numbers in budget_batches(pieces, collate, device):
+        batch = collate([pieces[i] for i in numbers]).to(device)
         values = sequence_logps(model, batch).cpu()
         start = 0
         for i in numbers:
-            size = len(rows[i].responses)
+            size = len(pieces[i].responses)
             out[i], start = values[start : start + size], start + size
     model.train(training)
-    return out  # type: ignore[return-value]
+    found = iter(out)
+    return [torch.cat([next(found) for _ in row]) for row in split]  # type: ignore[misc]
+
+
+def _shorter(row: TokenRow) -> list[TokenRow]:
+    """A row with many responses as several of some: attention's square costs more than a short prompt again."""
+    most = max(ROW, 4 * len(row.prompt))
+    if row_length(row) <= 2 * most:
+        return [row]
+    pieces, room = [TokenRow(row.prompt, [])], most
+    for response in row.responses:
+        if len(response) > room and pieces[-1].responses:
+            pieces.append(TokenRow(row.prompt, []))
+            room = most
+        pieces[-1].responses.append(response)
+        room -= len(response)
+    return pieces
 
 
 def budget_batches(rows: Sequence[TokenRow], collate: Collator, device: torch.device) -> list[list[int]]:
