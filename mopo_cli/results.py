@@ -73,11 +73,11 @@ def finish(
     signs = diagnostics.warnings(facts(config, inputs, aligned, evaluation, exact, accuracy, tracker))
     state = "infeasible" if aligned.infeasible else "done"
     summary = summarise(config, inputs, aligned, evaluation, exact, accuracy, signs, state)
-    summary["train"]["wall_seconds"] = time.perf_counter() - started
     write_samples(run, evaluation.samples)
     figures = draw(tracker.history, evaluation, exact, run)
     card = model_card(run.settings(), summary, inputs.data.provenance, bool(config.model.lora.r))
     (run.model / "README.md").write_text(card, encoding="utf-8")
+    summary["train"]["wall_seconds"] = time.perf_counter() - started
     publish(tracker, evaluation, figures, signs, summary)
     write_json(run.summary, summary)
     run.set_state(state, step=aligned.work.steps)
