@@ -22,6 +22,7 @@ from mopo_cli.errors import UserError
 from mopo_cli.models import logprobs
 from mopo_cli.models.attention import attend_by_rows
 from mopo_cli.models.logprobs import (
+    _shorter,
     all_logps,
     backbone_of,
     can_pack,
@@ -318,6 +319,21 @@ def test_all_logps_is_in_the_order_of_the_rows_whatever_the_budget():
                 torch.testing.assert_close(values, torch.tensor(wanted), atol=1e-4, rtol=1e-4)
     assert model.training
     assert all_logps(model, [], PACKED) == []
+
+
+@torch.no_grad()
+def test_a_row_of_many_responses_goes_through_in_pieces():
+    model, rng = build(ARCHITECTURES["llama"]), np.random.default_rng(0)
+    many = TokenRow(tokens(rng, 5), [tokens(rng, int(n)) for n in rng.integers(1, 30, 40)])
+    pieces = _shorter(many)
+    assert len(pieces) > 3
+    assert {tuple(piece.prompt) for piece in pieces} == {tuple(many.prompt)}
+    assert [response for piece in pieces for response in piece.responses] == many.responses
+    long = TokenRow(tokens(rng, 200), many.responses)
+    assert _shorter(long) == [long]  # a long prompt costs more than the square
+    rows = [*some_rows(), many, TokenRow(many.prompt, [tokens(rng, 400)])]
+    for values, expected in zip(all_logps(model, rows, PACKED), by_hand(model, rows), strict=True):
+        assert values.tolist() == pytest.approx(expected, abs=1e-4, rel=1e-6)
 
 
 def test_budget_batches_hold_every_row_once_and_keep_the_budget():
