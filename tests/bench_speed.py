@@ -243,19 +243,25 @@ def measure(spec: dict[str, Any]) -> dict[str, float]:
     packed = spec.get("layout") != "plain"
     apart = device.type == "cpu" and packed and not config.compile and attend_by_rows(model)
     collate = Collator(0, packed, apart, spec.get("budget"))
-    steps, count, objectives = spec["steps"] + WARM, spec.get("batch", BATCH), spec.get("objectives", 2)
+    turns = spec.get("objectives", [2])  # how many objectives each step has, in turn, on the same rows
+    steps, count = (spec["steps"] + WARM) * len(turns), spec.get("batch", BATCH)
     fused = spec.get("fused", True)
     trainer = Trainer(
         accelerator, model, OptimiserConfig(1e-6, fused=fused), steps, spec.get("accumulation", 1), spec.get("budget")
     )
     reference = snapshot(model)
+
+    def rows_of(step: int) -> list[int]:
+        return batch_rows(len(rows), count, 0, step // len(turns))
+
     cached: dict[int, torch.Tensor] = {}
     if spec["method"] == "dpo":  # references precomputed, as the peer's
-        used = sorted({i for step in range(steps) for i in batch_rows(len(rows), count, 0, step)})
+        used = sorted({i for step in range(steps) for i in rows_of(step)})
         values = reference_logps(model, reference, [rows[i] for i in used], collate)
         cached = dict(zip(used, values, strict=True))
         reference = {}  # no more needed
-    method = Mopo(tuple(map(str, range(objectives))), (0.5,) * (objectives - 1), 0.08, 1.0, "auto", float("inf"))
+    methods = {k: Mopo(tuple(map(str, range(k))), (0.5,) * (k - 1), 0.08, 1.0, "auto", float("inf")) for k in turns}
+    now = turns[0]
 
     def loss_of(numbers: list[int]) -> torch.Tensor:
         taken = [rows[i] for i in numbers]
@@ -265,39 +271,42 @@ def measure(spec: dict[str, Any]) -> dict[str, float]:
         if spec["method"] == "dpo":
             return -torch.nn.functional.logsigmoid(0.1 * ((logps - ref)[:, 0] - (logps - ref)[:, 1])).sum()
         everywhere = torch.ones_like(ref, dtype=torch.bool)
-        even = torch.full((*ref.shape, objectives), 0.5, device=device)
-        return method.loss(LogpBatch(logps, ref, ref, even, everywhere, everywhere)).sum()
+        even = torch.full((*ref.shape, now), 0.5, device=device)
+        return methods[now].loss(LogpBatch(logps, ref, ref, even, everywhere, everywhere)).sum()
 
     rates: list[float] = []
-    flops, pairs, tokens, seconds, started = 0.0, 0, 0, 0.0, 0.0
+    flops, pairs, tokens, started = 0.0, 0, 0, 0.0
+    seconds = dict.fromkeys(turns, 0.0)
     passes = 3 if cached else 4  # the lagged reference is one more pass forward
 
     def before_step(step: int) -> None:
-        nonlocal started
-        if step >= WARM and step % 4 == WARM % 4:
+        nonlocal started, now
+        now = turns[step % len(turns)]
+        if step >= WARM * len(turns) and step % 4 == 0:
             rates.append(matrix_rate(torch.bfloat16 if low else torch.float32, device.type))  # its speed drifts
         _finish(device.type)
         started = time.perf_counter()
 
     def after_step(progressed: Progressed) -> None:
-        nonlocal flops, pairs, tokens, seconds
+        nonlocal flops, pairs, tokens
         _finish(device.type)
-        if progressed.step <= WARM:
+        if progressed.step <= WARM * len(turns):
             return
-        seconds += time.perf_counter() - started
-        taken = [rows[i] for i in batch_rows(len(rows), count, 0, progressed.step - 1)]
+        seconds[now] += time.perf_counter() - started
+        taken = [rows[i] for i in rows_of(progressed.step - 1)]
         flops += useful_flops(taken, shape, passes)
         pairs += len(taken)
         tokens += sum(map(row_length, taken))
 
-    task = Task(lambda step: batch_rows(len(rows), count, 0, step), loss_of, length_of=lambda i: row_length(rows[i]))
-    trainer.fit(task, before_step, after_step)
+    trainer.fit(Task(rows_of, loss_of, length_of=lambda i: row_length(rows[i])), before_step, after_step)
+    total = sum(seconds.values())
     return {
-        "pairs_per_s": pairs / seconds,
-        "tokens_per_s": tokens / seconds,
-        "flops_share": flops / seconds / median(rates),
+        "pairs_per_s": pairs / total,
+        "tokens_per_s": tokens / total,
+        "flops_share": flops / total / median(rates),
         "peak_memory_mb": _peak(device.type),
         "matrix_gflops": median(rates) / 1e9,
+        **{f"pairs_per_s/{k}": pairs / len(turns) / took for k, took in seconds.items()},
     }
 
 
@@ -449,10 +458,14 @@ def growth(inputs: Path) -> dict[str, list[tuple[str, float, float]]]:
         rows = {"count": 64, "vocabulary": 8000, "prompt": prompt, "response": response, "responses": responses}
         return label, apart({"inputs": str(inputs), "method": "dpo", "steps": 12, "rows": rows, **more})
 
+    def turns(objectives: tuple[int, ...]) -> list[tuple[str, dict[str, float]]]:
+        _, n = of("", (114, 46, 2), method="mopo", steps=24, objectives=objectives)
+        return [(str(k), {**n, "pairs_per_s": n[f"pairs_per_s/{k}"]}) for k in objectives]
+
     tables: dict[str, Callable[[], list[tuple[str, dict[str, float]]]]] = {
         "response length, tokens (prompt 114)": lambda: [of(str(n), (114, n, 2)) for n in (25, 50, 100, 200)],
         "responses a prompt (114 + 46 tokens each)": lambda: [of(str(n), (114, 46, n)) for n in (2, 4, 8)],
-        "objectives K": lambda: [of(str(k), (114, 46, 2), method="mopo", objectives=k) for k in (1, 2, 4, 8)],
+        "objectives K, taking turns on the same rows": lambda: turns((1, 2, 4, 8)),
         "a prompt ten times its responses (300 + 30 + 30)": lambda: [
             of("each response behind a prompt of its own", (300, 30, 2), layout="plain"),
             of("the prompt once", (300, 30, 2)),
