@@ -41,7 +41,7 @@ def save_model(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, directory:
 
 @torch.no_grad()
 def load_weights(policy: nn.Module, directory: Path) -> None:
-    """Put what `save_model` left in `directory` into a policy of the same shape; the rank of its LoRA may be another."""
+    """Put what `save_model` left in `directory` into a policy of the same shape, but for the rank of LoRA."""
     model = inner(policy)
     saved = saved_weights(model, directory)
     if (directory / ADAPTER_FILE).exists():
