@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from signal import SIGKILL
 from typing import Any
 
@@ -404,7 +405,7 @@ class TestRuns:
 
         data = write_rows(here / "rows.jsonl", labels)
         rows = (here / "rows.jsonl").read_text().splitlines()
-        rows[:6] = [row.replace("?", " and so on" * 200 + "?") for row in rows[:6]]
+        rows[:6] = [row.replace("?", f" {Random(i).getrandbits(12000):x}?") for i, row in enumerate(rows[:6])]
         (here / "rows.jsonl").write_text("\n".join(rows) + "\n")
         done = run_here("train", *TINY, *data, "algorithm=dpo", self.WEIGHTS, "dataset.overlong=drop", "run.dir=run")
         assert done.status == 2
