@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from running import TINY, Finished, read_json, read_metrics, results, stop_when
+from running import TINY, Finished, cache_of, read_json, read_metrics, results, stop_when
 from torch import Tensor
 
 from mopo_cli.algorithms.dpo import LOSSES, Dpo, log_ratio_difference, pair_loss
@@ -384,8 +384,8 @@ class TestRuns:
         assert summary["train"]["steps"] == 40
         assert summary["duals"] == {}
 
-    def test_a_killed_run_goes_on_to_the_same_end(self, here: Path, run_here: Run):
-        settings = (*TINY, "algorithm=dpo", self.WEIGHTS, "steps=150")
+    def test_a_killed_run_goes_on_to_the_same_end(self, smoke: Path, here: Path, run_here: Run):
+        settings = (*TINY, f"cache={cache_of(smoke)}", "algorithm=dpo", self.WEIGHTS, "steps=150")
         assert run_here("train", *settings, "run.dir=whole").status == 0
         run = here / "run"
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from running import TINY, Finished, read_json, read_metrics
+from running import TINY, Finished, cache_of, read_json, read_metrics
 from test_dpo import draw, f64, minimise, sigmoid, slope
 from torch import Tensor
 
@@ -137,13 +138,15 @@ class TestSettings:
 
 @pytest.mark.slow
 class TestRuns:
-    def test_margins_of_the_preference_model(self, here: Path, run_here: Run):
-        done = run_here("train", *TINY, "algorithm=modpo", "algorithm.normalise=true", "run.dir=run")
+    def test_margins_of_the_preference_model(self, smoke: Path, here: Path, run_here: Run):
+        settings = (f"cache={cache_of(smoke)}", "algorithm=modpo", "algorithm.normalise=true")
+        done = run_here("train", *TINY, *settings, "run.dir=run")
         assert done.status == 0, done.err
         summary = read_json(here / "run" / "summary.json")
         assert (summary["algorithm"], summary["train"]["steps"]) == ("modpo", 40)
 
-    def test_implicit_margins_are_trained_once_for_all_weightings(self, here: Path, run_here: Run):
+    def test_implicit_margins_are_trained_once_for_all_weightings(self, smoke: Path, here: Path, run_here: Run):
+        shutil.copytree(cache_of(smoke), here / "outputs" / "cache")
         for run, weights, trained in (
             ("a", "{helpful: 0.5, harmless: 0.5}", 0),
             ("b", "{helpful: 0.9, harmless: 0.1}", 40),

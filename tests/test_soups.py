@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from signal import SIGKILL
@@ -11,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from running import TINY, Finished, read_json, results, stop_when
+from running import TINY, Finished, cache_of, read_json, results, stop_when
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from mopo_cli.algorithms.soups import MERGES, Soups, cook, differences, interpolated
+from mopo_cli.cache import weights_hash
 from mopo_cli.config import LoraConfig, TokenizerConfig
 from mopo_cli.errors import UserError
 from mopo_cli.models.load import add_lora, train_tokenizer
@@ -151,6 +153,12 @@ class TestCooking:
         torch.testing.assert_close(logits(other), before)
 
 
+def test_the_cache_tells_adapters_of_another_scale_apart():
+    """Weights that are the same make another policy where LoRA's alpha is another."""
+    first, same, other = (tiny(lora=LoraConfig(r=3, alpha=alpha)) for alpha in (6.0, 6.0, 9.0))
+    assert weights_hash(first) == weights_hash(same) != weights_hash(other)
+
+
 class TestIncompatible:
     def saved(self, directory: Path, model: Any, word: str = "words") -> Path:
         save_model(model, tokenizer(word), directory)
@@ -190,12 +198,14 @@ class TestIncompatible:
 
 @pytest.mark.slow
 class TestRuns:
-    def test_weightings_share_the_policies_and_mix_exactly(self, here: Path, run_here: Run):
+    def test_weightings_share_the_policies_and_mix_exactly(self, smoke: Path, here: Path, run_here: Run):
         """One of the runs goes on after a kill in the second policy, whose training is neither lost nor paid twice."""
         settings = (*TINY, "algorithm=soups", "steps=60")
+        for cache in ("outputs/cache", "another"):
+            shutil.copytree(cache_of(smoke), here / cache)
         both = "algorithm.weights={helpful: 0.25, harmless: 0.75}"
         assert run_here("train", *settings, both, "run.dir=whole").status == 0
-        run, alone = here / "run", ("cache=null",)
+        run, alone = here / "run", (f"cache={here / 'another'}",)
 
         def in_the_second() -> bool:
             return any(int(path.name.split("-")[1]) > 60 for path in (run / "checkpoints").glob("step-*"))
