@@ -27,6 +27,7 @@ from mopo_cli.console import say, warn
 from mopo_cli.data.table import TokenTable
 from mopo_cli.data.tokens import Collator, Encoder, TokenRow
 from mopo_cli.models.logprobs import all_logps
+from mopo_cli.models.save import lora_of
 from mopo_cli.processes import agree
 from mopo_cli.runs import whole
 from mopo_cli.types import Example
@@ -108,8 +109,10 @@ def kept_logps(
 
 
 def weights_hash(model: nn.Module) -> str:
-    """Of every parameter and buffer, with its name, kind and shape."""
+    """Of every parameter and buffer, with its name, kind and shape, and of the scale of adapters."""
     digest = hashlib.sha256()
+    if lora := lora_of(model):
+        digest.update(f"lora {lora.r} {lora.lora_alpha}".encode())
     for name, value in model.state_dict().items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -132,5 +132,6 @@ def build_method(config: TrainConfig, names: tuple[str, ...], thresholds: tuple[
         raise UserError(f"algorithm._target_: {' '.join(str(error).split())}") from None
     given = {"names": names, "thresholds": thresholds}
     given |= {key: getattr(config, key) for key in ("tau", "beta", "epsilon", "t0")}
+    given["preference_form"] = config.preference_model.form
     taken = inspect.signature(target).parameters
     return build({**node, "_partial_": False}, "algorithm", **{k: v for k, v in given.items() if k in taken})

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mopo_cli.cache import kept_logps
-from mopo_cli.data.tokens import row_length
+from mopo_cli.data.table import TokenRow, row_length, spans
 from mopo_cli.errors import UserError
-from mopo_cli.models.logprobs import response_logps
+from mopo_cli.models.logprobs import sequence_logps
 from mopo_cli.stages import Setting, Work, descend, step_rows
 from mopo_cli.trainer import Task
 from mopo_cli.types import Example
@@ -26,6 +27,7 @@ class PairLogps:
     reference: Tensor  # (P, 2) those of the reference; zeros where it was not asked for
     lengths: Tensor  # (P, 2) response tokens
     labels: Tensor  # (P, K) I_k of the first over the second, NaN where nobody judged
+    weights: Tensor  # (K,) what a label of each objective counts for (see `label_weights`)
     rewards: Tensor | None = None  # (P, 2, K) of each response, where a method brings some
 
 
@@ -46,6 +48,8 @@ def normalised_weights(
     """
     if weights is None:
         return tuple(float(k == 0) for k in range(len(names)))
+    if not isinstance(weights, Mapping):
+        raise UserError(f"{key}={weights}: must be a weight for each objective, as {{{names[0]}: 0.7, ...}}, or null")
     given = "{" + ", ".join(f"{name}: {value}" for name, value in weights.items()) + "}"
     unknown = [name for name in weights if name not in names]
     if unknown:
@@ -76,6 +80,127 @@ def judged(example: Example, used: Sequence[int]) -> list[int]:
     return [p for p, row in enumerate(example.labels) if any(not math.isnan(row[k]) for k in used)]
 
 
+def used_objectives(weights: Sequence[float]) -> list[int]:
+    return [k for k, weight in enumerate(weights) if weight > 0]
+
+
+def labelled_rows(setting: Setting, weights: Sequence[float]) -> list[int]:
+    """The training rows with a label of an objective that has weight; UserError where such an objective has none."""
+    examples, names = setting.inputs.examples["train"], setting.inputs.data.names
+    used = used_objectives(weights)
+    for k in used:
+        if not any(judged(example, [k]) for example in examples):
+            raise UserError(
+                f"algorithm.weights: {names[k]} has weight {weights[k]:g}, and none of the {len(examples)} training "
+                f"rows that fit the context has a label of it. Give it weight 0, or use data that judge it"
+            )
+    return [i for i, example in enumerate(examples) if judged(example, used)]
+
+
+def visited_rows(setting: Setting, rows: Sequence[int], steps: int) -> list[int]:
+    """Those of the labelled rows that `steps` steps go through, in order."""
+    taken = step_rows(setting, len(rows))
+    return sorted({rows[n] for step in range(steps) for n in taken(step)})
+
+
+@dataclass(frozen=True, slots=True)
+class PairTable:
+    """The labelled pairs of N rows in flat arrays, from which a step takes its own without a loop over pairs.
+
+    Responses are numbered through all rows: row n of the table has those from first[n], and the pairs begin[n] to
+    begin[n + 1] - 1, whose sides number responses within the row.
+    """
+
+    place: dict[int, int]  # of a row of the data in the table
+    first: np.ndarray  # (N,)
+    counts: np.ndarray  # (N,) responses
+    begin: np.ndarray  # (N + 1,)
+    sides: np.ndarray  # (P, 2)
+    lengths: Tensor  # (R,) tokens of each response
+    reference: Tensor  # (R,)
+    labels: Tensor  # (P, K)
+    weights: Tensor  # (K,)
+    rewards: Tensor | None  # (R, K)
+
+    def pairs_of(self, rows: Sequence[int]) -> int:
+        return int(self._sizes(self._places(rows)).sum())
+
+    def of(self, rows: Sequence[int], logps: Tensor) -> PairLogps:
+        """The pairs of some rows, with (N,) log-probs of all their responses, row by row."""
+        at = self._places(rows)
+        picked, sizes, counts = spans(self.begin[at], self.begin[at + 1]), self._sizes(at), self.counts[at]
+        here = np.repeat(np.cumsum(counts) - counts, sizes)[:, None] + self.sides[picked]
+        there = np.repeat(self.first[at], sizes)[:, None] + self.sides[picked]
+        index = torch.from_numpy(np.concatenate([here, there, picked[:, None]], axis=1))
+        device = logps.device
+        index = index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
+        ours, known, pair = index[:, :2], index[:, 2:4], index[:, 4]
+        return PairLogps(
+            logps[ours],
+            self.reference[known],
+            self.lengths[known],
+            self.labels[pair],
+            self.weights,
+            None if self.rewards is None else self.rewards[known],
+        )
+
+    def sums(self, values: Tensor) -> np.ndarray:
+        """(N,) sum over each row's pairs of (P,) values."""
+        before = np.concatenate([[0.0], np.cumsum(values.double().cpu().numpy())])
+        return np.diff(before[self.begin])
+
+    def _places(self, rows: Sequence[int]) -> np.ndarray:
+        return np.array([self.place[i] for i in rows])
+
+    def _sizes(self, at: np.ndarray) -> np.ndarray:
+        return self.begin[at + 1] - self.begin[at]
+
+
+def pair_table(
+    examples: Sequence[Example],
+    tokens: Sequence[TokenRow],
+    rows: Sequence[int],
+    weights: Sequence[float],
+    label_weights: Sequence[float],
+    reference: Sequence[Tensor] | None = None,
+    rewards: Mapping[int, Tensor] | None = None,
+    device: torch.device | str = "cpu",
+) -> PairTable:
+    """The table of some rows' pairs that have a label of an objective with weight."""
+    used = used_objectives(weights)
+    chosen = [(examples[i], judged(examples[i], used)) for i in rows]
+    counts = np.array([len(example.responses) for example, _ in chosen])
+    lengths = torch.tensor([float(len(response)) for i in rows for response in tokens[i].responses])
+    return PairTable(
+        {row: n for n, row in enumerate(rows)},
+        np.cumsum(counts) - counts,
+        counts,
+        np.cumsum([0, *(len(pairs) for _, pairs in chosen)]),
+        np.array([example.pairs[p] for example, pairs in chosen for p in pairs]),
+        lengths.to(device),
+        (torch.zeros_like(lengths) if reference is None else torch.cat(list(reference))).to(device),
+        torch.tensor([example.labels[p] for example, pairs in chosen for p in pairs], dtype=torch.float32).to(device),
+        torch.tensor(label_weights, dtype=torch.float32).to(device),
+        None if rewards is None else torch.cat([rewards[i] for i in rows]).to(device),
+    )
+
+
+def label_weights(examples: Sequence[Example], weights: Sequence[float]) -> list[float]:
+    """(K,) each objective's weight over the share of the pairs that it has judged, of those with any label that counts.
+
+    Where every label is known these are the weights. Else a sum over pairs that weighs labels so, divided by the number
+    of pairs, is sum_k w_k times the mean over the pairs that objective k has judged, however few they are.
+    """
+    used = used_objectives(weights)
+    counts, pairs = [0] * len(weights), 0
+    for example in examples:
+        for p in judged(example, used):
+            pairs += 1
+            for k in used:
+                counts[k] += not math.isnan(example.labels[p][k])
+    return [weight * pairs / count if count else 0.0 for weight, count in zip(weights, counts, strict=True)]
+
+
 def fit_pairs(
     setting: Setting,
     loss: Callable[[PairLogps], Tensor],
@@ -84,86 +209,72 @@ def fit_pairs(
     *,
     title: str,
     steps: int | None = None,
-    rewards: Sequence[Tensor] | None = None,
+    rewards: Mapping[int, Tensor] | None = None,
     with_reference: bool = True,
-    weigh: Callable[[list[int]], float] | None = None,
+    count: Callable[[PairLogps], Tensor] | None = None,
     first: int = 0,
 ) -> None:
     """Train setting.inputs.policy on the training pairs that have a label of an objective with weight above 0.
 
     loss: unreduced (P,); an update descends on its sum over the pairs of config.batch_size prompts, divided by their
-    number, or by `weigh` of the prompts. rewards: (G, K) of each training row's responses. Raises UserError where no
-    pair has such a label.
+    number, or by the sum of `count` (P,), which sees everything but the policy. rewards: (G, K) of the responses of
+    each of the `visited_rows`. The policy as it is when this begins is the reference. The run's steps go on from
+    `first`. Raises UserError where an objective with weight has no label.
     """
-    config, inputs = setting.config, setting.inputs
+    config, inputs, device = setting.config, setting.inputs, setting.accelerator.device
     examples, tokens = inputs.examples["train"], inputs.tokens["train"]
-    used = [k for k, weight in enumerate(weights) if weight > 0]
-    rows = [i for i, example in enumerate(examples) if judged(example, used)]
-    if not rows:
-        names = ", ".join(inputs.data.names[k] for k in used)
-        raise UserError(f"algorithm.weights: no training pair has a label of {names}")
     steps = config.steps if steps is None else steps
-    taken = step_rows(setting, len(rows))
-    visited = sorted({rows[i] for step in range(steps) for i in taken(step)}) if with_reference else []
-    found = kept_logps(
-        setting.accelerator, config.cache, inputs.policy, [tokens[i] for i in visited], inputs.collate
-    ) if visited else []  # fmt: skip
-    reference = dict(zip(visited, found, strict=True))
-    notes: dict[str, Tensor] = {}
-
-    def batch(numbers: list[int]) -> PairLogps:
-        device = setting.accelerator.device
-        chosen = [tokens[i] for i in numbers]
-        tensors = inputs.collate(chosen).to(device)
-        logps = response_logps(inputs.policy, tensors)
-        pairs = [(b, *examples[i].pairs[p], p) for b, i in enumerate(numbers) for p in judged(examples[i], used)]
-        index = torch.tensor([(b, a, c) for b, a, c, _ in pairs], device=device)
-        labels = [examples[numbers[b]].labels[p] for b, _, _, p in pairs]
-
-        def of_pairs(values: Sequence[Tensor]) -> Tensor:
-            padded = torch.nn.utils.rnn.pad_sequence(list(values), batch_first=True).to(device)
-            return torch.stack([padded[index[:, 0], index[:, 1]], padded[index[:, 0], index[:, 2]]], 1)
-
-        lengths = of_pairs([torch.tensor([float(len(r)) for r in row.responses]) for row in chosen])
-        policy = torch.stack([logps[index[:, 0], index[:, 1]], logps[index[:, 0], index[:, 2]]], 1)
-        return PairLogps(
-            policy,
-            of_pairs([reference[i] for i in numbers]) if with_reference else torch.zeros_like(policy),
-            lengths,
-            torch.tensor(labels, dtype=torch.float32, device=device),
-            None if rewards is None else of_pairs([rewards[i] for i in numbers]),
-        )
+    rows = labelled_rows(setting, weights)
+    taken, visited = step_rows(setting, len(rows)), visited_rows(setting, rows, steps)
+    reference = None
+    if with_reference:
+        policy, own = inputs.policy, [tokens[i] for i in visited]
+        reference = kept_logps(setting.accelerator, config.cache, policy, own, inputs.collate)
+    shares = label_weights([examples[i] for i in rows], weights)
+    table = pair_table(examples, tokens, visited, weights, shares, reference, rewards, device)
+    counts = None if count is None else table.sums(count(table.of(visited, torch.zeros_like(table.lengths))))
+    last: list[PairLogps] = []
 
     def loss_of(numbers: list[int]) -> Tensor:
-        pairs = batch(numbers)
-        notes.update(_notes(pairs, weights))
+        batch = inputs.collate([tokens[i] for i in numbers]).to(device)
+        pairs = table.of(numbers, sequence_logps(inputs.policy, batch))
+        last[:] = [replace(pairs, policy=pairs.policy.detach())]
         return loss(pairs).sum()
 
-    def pairs_of(numbers: list[int]) -> int:
-        return sum(len(judged(examples[i], used)) for i in numbers)
+    def weight_of(numbers: list[int]) -> float:
+        return table.pairs_of(numbers) if counts is None else float(sum(counts[table.place[i]] for i in numbers))
 
     task = Task(
-        rows_of=lambda step: [rows[i] for i in taken(step)],
+        rows_of=lambda step: [rows[n] for n in taken(step)],
         loss_of=loss_of,
-        weight_of=weigh or pairs_of,
+        weight_of=weight_of,
         length_of=lambda i: row_length(tokens[i]),
     )
     descend(
-        setting, task, work, title=title, steps=steps, pairs_of=pairs_of, notes=lambda: notes, first=first
-    )  # fmt: skip
+        setting,
+        task,
+        work,
+        title=title,
+        steps=steps,
+        pairs_of=table.pairs_of,
+        notes=lambda: batch_notes(last[0]),
+        first=first,
+    )
 
 
-@torch.no_grad()
-def _notes(pairs: PairLogps, weights: Sequence[float]) -> dict[str, Tensor]:
+def batch_notes(pairs: PairLogps) -> dict[str, Tensor]:
     """Log-probs of preferred and other responses, which may both fall while their difference grows, and the order."""
-    label = weighted_labels(pairs.labels, torch.tensor(weights)).label
-    decided = label != 0.5
-    sign = torch.where(label > 0.5, 1.0, -1.0)[decided]
-    policy, ratio = pairs.policy[decided], (pairs.policy - pairs.reference)[decided]
-    better = torch.where(sign > 0, policy[:, 0], policy[:, 1])
-    worse = torch.where(sign > 0, policy[:, 1], policy[:, 0])
+    label = weighted_labels(pairs.labels, pairs.weights).label
+    decided, sign = label != 0.5, torch.where(label > 0.5, 1.0, -1.0)
+    first, second = pairs.policy.unbind(1)
+    ratio = pairs.policy - pairs.reference
+    right = ((ratio[:, 0] - ratio[:, 1]) * sign > 0).float()
+
+    def mean(values: Tensor) -> Tensor:
+        return values[decided].mean()
+
     return {
-        "preferred_logp": better.mean(),
-        "other_logp": worse.mean(),
-        "accuracy": ((ratio[:, 0] - ratio[:, 1]) * sign > 0).float().mean(),
+        "preferred_logp": mean(torch.where(sign > 0, first, second)),
+        "other_logp": mean(torch.where(sign > 0, second, first)),
+        "accuracy": mean(right),
     }

@@ -90,8 +90,8 @@ class Aligned:
 class Method(Protocol):
     """What an algorithm's config names by _target_.
 
-    It is built with its own keys of the config and with those of names, thresholds, tau, beta, epsilon and t0 that its
-    constructor takes; it raises UserError where a setting is wrong.
+    It is built with its own keys of the config and with those of names, thresholds, tau, beta, epsilon, t0 and
+    preference_form that its constructor takes; it raises UserError where a setting is wrong.
     """
 
     longest_condition: str  # that its policy is ever asked with, "" where prompts stay as they are

@@ -128,6 +128,11 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line, parse_constant=_refuse) for line in lines]
 
 
+def cache_of(smoke: Path) -> Path:
+    """The cache of the session's tiny run: its reference and preference model serve every run with the same of both."""
+    return smoke.parent / "outputs" / "cache"
+
+
 def results(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What must be equal between two runs that are meant to be the same: summary and metrics without their times."""
     summary = read_json(run / "summary.json")

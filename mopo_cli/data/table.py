@@ -94,9 +94,9 @@ class TokenTable(Sequence[TokenRow]):
         found = hashlib.sha256(f"{len(self)}\n".encode())
         for start in range(0, len(self), BLOCK):
             runs = self.runs[start : start + BLOCK]
-            pieces = _spans(runs[:, 0], runs[:, 1])
+            pieces = spans(runs[:, 0], runs[:, 1])
             bounds = self.ends[pieces], self.ends[pieces + 1]
-            for part in (runs[:, 1] - runs[:, 0], bounds[1] - bounds[0], self.ids[_spans(*bounds)]):
+            for part in (runs[:, 1] - runs[:, 0], bounds[1] - bounds[0], self.ids[spans(*bounds)]):
                 found.update(np.ascontiguousarray(part).data)
         return found.hexdigest()
 
@@ -112,7 +112,7 @@ class TokenTable(Sequence[TokenRow]):
         return cls(*(np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in cls.__slots__))
 
 
-def _spans(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+def spans(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """The numbers starts[0] .. ends[0] - 1, starts[1] .. ends[1] - 1 and so on."""
     sizes = ends - starts
     before = np.cumsum(sizes) - sizes
