@@ -1,13 +1,13 @@
 """What methods share that train one policy for all of a user's wishes: lessons, samples with values, rounds of both.
 
-A lesson is a response to be learnt behind a condition (directions.py). The judge and the reference never see conditions.
+A lesson is a response to be learnt behind a condition (directions.py). Judge and reference never see conditions.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
@@ -49,6 +49,10 @@ class Lessons:
     of: Callable[[int], list[Lesson]]
 
 
+def listed(items: Sequence[list[Lesson]]) -> Lessons:
+    return Lessons(len(items), items.__getitem__)
+
+
 @dataclass(frozen=True, slots=True)
 class Samples:
     """The policy's responses to one prompt behind one condition."""
@@ -68,6 +72,25 @@ class Round:
     samples: int
     off_support: float  # share of the samples that did not end or that the data never show
     told: dict[str, float] = field(default_factory=dict)  # numbers worth reading
+
+
+# --------------------------------------------------------------------------------------------- settings
+
+
+def check_settings(first_share: float, **counts: tuple[int, int]) -> None:
+    """UserError where a setting of the rounds is out of range; counts: what each is, and the least that it may be."""
+    for key, (value, least) in counts.items():
+        if value < least:
+            raise UserError(f"algorithm.{key}={value}: must be {least} or more")
+    if not 0 < first_share <= 1:
+        raise UserError(f"algorithm.first_share={first_share}: must be in (0, 1]")
+
+
+def policy_settings(setting: Setting) -> list[object]:
+    """What a policy that learns from valued samples depends on, besides the settings that every policy does."""
+    config = setting.config
+    computed = {name: node.computed for name, node in config.objectives.items()}
+    return [computed, asdict(config.sampling), config.onpolicy.support]
 
 
 # --------------------------------------------------------------------------------------------- values
@@ -131,10 +154,9 @@ class Sampler:
         self.work.timing.fresh += time.perf_counter() - started
         if unusable(found) == 1.0:
             raise UserError(
-                f"{title}: none of {len(asked) * responses} responses of the policy ended and lay on the data's support "
-                f"(onpolicy.support={self.setting.config.onpolicy.support:g}), so there is nothing to learn from; train "
-                "the first stage longer (steps, algorithm.first_share), or allow more by sampling.max_new_tokens or "
-                "onpolicy.support=0"
+                f"{title}: none of {len(asked) * responses} responses ended and lay on the data's support, so there is "
+                "nothing to learn from; train the first stage longer (steps, algorithm.first_share), or allow more by "
+                f"sampling.max_new_tokens or onpolicy.support (now {self.setting.config.onpolicy.support:g})"
             )
         return found
 
@@ -152,7 +174,9 @@ class Sampler:
         before = reference_logps(inputs.policy, setting.initial, rows, inputs.collate)
         end = inputs.tokenizer.eos_token_id
         return [
-            Samples(i, told, row.responses, v.numpy(), (b >= self.floor).numpy() & [r[-1] == end for r in row.responses])
+            Samples(
+                i, told, row.responses, v.numpy(), (b >= self.floor).numpy() & [r[-1] == end for r in row.responses]
+            )
             for (i, told), row, v, b in zip(asked, rows, values, before, strict=True)
         ]
 

@@ -15,7 +15,6 @@ K is any. Readings taken where the paper leaves something open:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -27,15 +26,17 @@ from mopo_cli.conditioned import (
     Round,
     Sampler,
     check_scored,
+    check_settings,
     data_values,
     fit_rounds,
     fit_scales,
+    listed,
+    policy_settings,
     split_steps,
     standardised,
     unusable,
 )
 from mopo_cli.directions import Directions, spelled
-from mopo_cli.errors import UserError
 from mopo_cli.stages import Aligned, Setting, Work, finished, kept_policy, mix
 
 ZERO = 0.2  # probability that an objective is not asked for at all
@@ -74,11 +75,8 @@ class Dpa:
         responses: int = 8,
     ):
         check_scored(unscored, "dpa")
-        for key, least in {"rounds": 0, "prompts": 1, "directions": 1, "responses": 1}.items():
-            if (value := locals()[key]) < least:
-                raise UserError(f"algorithm.{key}={value}: must be {least} or more")
-        if not 0 < first_share <= 1:
-            raise UserError(f"algorithm.first_share={first_share}: must be in (0, 1]")
+        check_settings(first_share, rounds=(rounds, 0), prompts=(prompts, 1), directions=(directions, 1),
+                       responses=(responses, 1))  # fmt: skip
         self.names, self.rounds, self.first_share = names, rounds, first_share
         self.prompts, self.directions, self.responses = prompts, directions, responses
         size = len(names)
@@ -91,16 +89,9 @@ class Dpa:
 
     def align(self, setting: Setting) -> Aligned:
         work = Work()
-        config = setting.config
-        about = [
-            {name: node.computed for name, node in config.objectives.items()},
-            [asdict(config.sampling), config.onpolicy.support],
-            [self.rounds, self.first_share, self.prompts, self.directions, self.responses],
-        ]
-        found = kept_policy(setting, "dpa", about, work, lambda: self.fit(setting, work))
-        return Aligned(
-            finished(work), condition=self.condition, directions=self.told, off_support=found["off_support"]
-        )
+        own = [self.rounds, self.first_share, self.prompts, self.directions, self.responses]
+        found = kept_policy(setting, "dpa", [policy_settings(setting), own], work, lambda: self.fit(setting, work))
+        return Aligned(finished(work), condition=self.condition, directions=self.told, off_support=found["off_support"])
 
     def fit(self, setting: Setting, work: Work) -> dict[str, Any]:
         values = data_values(setting)
@@ -118,7 +109,9 @@ class Dpa:
             assert sampler is not None
             numbers = np.random.default_rng(mix(seed, 7, t)).permutation(len(rows))[: self.prompts].tolist()
             vectors = drawn_directions(len(numbers) * self.directions, size, mix(seed, 8, t))
-            asked = [(i, self.spell(v)) for i, v in zip(np.repeat(numbers, self.directions).tolist(), vectors, strict=True)]
+            asked = [
+                (i, self.spell(v)) for i, v in zip(np.repeat(numbers, self.directions).tolist(), vectors, strict=True)
+            ]
             samples = sampler(asked, self.responses, mix(seed, 9, t), f"samples (round {t} of {self.rounds})")
             items: dict[int, list[Lesson]] = {}
             gains: list[float] = []
@@ -132,10 +125,9 @@ class Dpa:
                     "off the data's support": off}  # fmt: skip
             return Round(list(items.values()), len(asked) * self.responses, off, told)
 
-        def learnt(rounds: Sequence[Round]) -> Lessons:
-            return Lessons(len(rounds[-1].items), rounds[-1].items.__getitem__)
-
         parts = split_steps(setting.config.steps, self.first_share, self.rounds)
-        rounds = fit_rounds(setting, "dpa", parts, Lessons(len(rows), of_data), draw, learnt, work)
+        rounds = fit_rounds(
+            setting, "dpa", parts, Lessons(len(rows), of_data), draw, lambda drawn: listed(drawn[-1].items), work
+        )
         off = rounds[-1].off_support if rounds else 0.0
         return {"scales": {n: asdict(s) for n, s in zip(self.names, scales, strict=True)}, "off_support": off}
