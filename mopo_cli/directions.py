@@ -71,8 +71,9 @@ def directions_of(model: Path) -> Directions | None:
         return None
     values: dict[str, Any] = read_json(model / FILE)
     try:
-        return Directions(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
-    except TypeError:
+        names, low, high = (tuple(values[key]) for key in ("names", "low", "high"))
+        return Directions(names, low, high, str(values["map"]), int(values["decimals"]))
+    except (KeyError, TypeError, ValueError):
         raise UserError(f"{model / FILE}: not what a conditioned policy's training writes") from None
 
 

@@ -44,6 +44,7 @@ from mopo_cli.stages import Aligned, Setting, Work, finished, kept_policy, mix
 EXTREMES = ("data", "normal")
 OUTER = 0.01  # of the data's scores lie below the lowest target, and above the highest
 LARGEST = 9.9  # scores beyond are told as this
+TOGETHER = 2  # responses of a row that one item of a batch learns
 
 
 def outer_scores(scores: np.ndarray, extremes: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -68,7 +69,7 @@ def online_targets(count: int, low: np.ndarray, high: np.ndarray, seed: int) -> 
 
 def outstanding(scores: np.ndarray, quantile: float) -> np.ndarray:
     """(n,) whether any of a response's (n, K) scores reaches that score's quantile over all n."""
-    return (scores >= np.quantile(scores, quantile, axis=0)).any(1)
+    return np.any(scores >= np.quantile(scores, quantile, axis=0), axis=1)
 
 
 class Ric:
@@ -140,6 +141,9 @@ class Ric:
             """Every response of a row behind the scores that it has."""
             return [Lesson(i, self.spell(s), r) for s, r in zip(scores[i], rows[i].responses, strict=True)]
 
+        places = [(i, g) for i, s in enumerate(scores) for g in range(0, len(s), TOGETHER)]
+        offline = Lessons(len(places), lambda n: of_data(places[n][0])[places[n][1] :][:TOGETHER])
+
         def draw(t: int) -> Round:
             assert sampler is not None
             numbers = np.random.default_rng(mix(seed, 7, t)).permutation(len(rows))[: self.prompts].tolist()
@@ -168,7 +172,7 @@ class Ric:
             for i in order[: self.data_rows].tolist()
         ]
         parts = split_steps(setting.config.steps, self.first_share, self.rounds)
-        rounds = fit_rounds(setting, "ric", parts, Lessons(len(rows), of_data), draw, learnt, work)
+        rounds = fit_rounds(setting, "ric", parts, offline, draw, learnt, work)
         return {
             "scales": {name: asdict(scale) for name, scale in zip(self.names, scales, strict=True)},
             "low": low.tolist(),
