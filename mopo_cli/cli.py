@@ -160,6 +160,8 @@ def run(name: str, arguments: Arguments) -> int:
     if name in ("eval", "sample", "export"):
         text = next((o.partition("=")[2] for o in reversed(overrides) if o.startswith("prompt=")), None)
         overrides = [quoted_path(o) for o in overrides if name != "sample" or not o.startswith("prompt=")]
+    if name == "sample":
+        overrides = [quoted_direction(o) for o in overrides]
     config.check_experiment(name, overrides, arguments.config_dir)
     composed = config.compose(name, overrides, arguments.config_dir)
     if arguments.cfg:
@@ -180,6 +182,14 @@ def quoted_path(override: str) -> str:
     if not equals or special or not (os.path.exists(os.path.expanduser(value)) or glob(os.path.expanduser(value))):
         return override
     return f"{key}='{value}'"
+
+
+def quoted_direction(override: str) -> str:
+    """direction=helpful=0.8,concise=0.6 as one text, which Hydra would take for several values."""
+    from mopo_cli import config
+
+    key, _, value = override.partition("=")
+    return f"{key}={config.in_grammar(value)}" if key == "direction" and not value.startswith("'") else override
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -270,6 +270,7 @@ class SampleConfig:
     run: str | None = None
     prompt: str | None = None
     prompts: str | None = None
+    direction: str | None = None
     n: int = 1
     chat: bool | None = None
     compare: int = 8

@@ -19,6 +19,7 @@ from mopo_cli.runs import RunDirectory, read_json
 from mopo_cli.types import Text
 
 MODEL_FILES = ("config.json", "adapter_config.json")
+SHARED_SUMMARY = "mopo_summary.json"  # a run's summary.json in the folder that `mopo export` writes
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,18 @@ class Entrant:
     @property
     def run(self) -> RunDirectory:
         return RunDirectory(Path(self.path))
+
+    @property
+    def model(self) -> Path:
+        """Where its weights are, of a run or model."""
+        return self.run.model if self.kind == "run" else Path(self.path)
+
+    @property
+    def condition(self) -> str:
+        """What stands in front of each prompt when a run's policy is asked, also where it was exported to."""
+        shared = self.model / SHARED_SUMMARY
+        told = read_json(shared) if self.kind == "model" and shared.is_file() else self.summary
+        return str(told.get("condition") or "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -180,11 +180,16 @@ def evaluate_samples(
 def sampled_kl(models: Models, examples: Sequence[Example], answers: Answers) -> float:
     """KL to the first reference in nats a response, from the policy's own samples."""
     assert answers.tokens is not None
-    told = models.encoder.conditioned(models.condition)
-    asked = [TokenRow(encoded_prompt(told, e), row.responses) for e, row in zip(examples, answers.tokens, strict=True)]
-    now = all_logps(models.policy, asked, models.collate)
+    now = all_logps(models.policy, asked_rows(models.encoder, examples, answers, models.condition), models.collate)
     before = reference_logps(models.policy, models.initial, answers.tokens, models.collate)
     return mean_log_ratio(now, before)
+
+
+def asked_rows(encoder: Encoder, examples: Sequence[Example], answers: Answers, condition: str) -> list[TokenRow]:
+    """Sampled responses behind the prompts that were asked: with the condition in front."""
+    assert answers.tokens is not None
+    told = encoder.conditioned(condition)
+    return [TokenRow(encoded_prompt(told, e), row.responses) for e, row in zip(examples, answers.tokens, strict=True)]
 
 
 def mean_log_ratio(now: Sequence[torch.Tensor], before: Sequence[torch.Tensor]) -> float:

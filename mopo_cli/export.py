@@ -12,7 +12,8 @@ from omegaconf import DictConfig
 from mopo_cli import config as configs
 from mopo_cli.config import ExportConfig
 from mopo_cli.console import say, stage, warn
-from mopo_cli.entrants import Entrant, finished_run, newest_run
+from mopo_cli.directions import directions_of
+from mopo_cli.entrants import SHARED_SUMMARY, Entrant, finished_run, newest_run
 from mopo_cli.errors import UserError
 from mopo_cli.model_card import model_card
 from mopo_cli.prompts import framed_text
@@ -88,10 +89,13 @@ def write_folder(entrant: Entrant, folder: Path, adapter: bool, merge: bool) -> 
         shutil.copytree(run.model, folder, ignore=shutil.ignore_patterns(*PRIVATE))
     later = run.path / "evaluation.json"
     evaluation: dict[str, Any] | None = read_json(later) if later.exists() else None
-    prompt = framed_text(run, "How do I boil an egg?")
-    card = model_card(run.settings(), entrant.summary, provenance_of(entrant), adapter, prompt, evaluation)
+    prompt = framed_text(run, "How do I boil an egg?", entrant.condition)
+    directions = directions_of(run.model)
+    if directions is not None:
+        directions.save(folder)
+    card = model_card(run.settings(), entrant.summary, provenance_of(entrant), adapter, prompt, evaluation, directions)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    write_json(folder / "mopo_summary.json", entrant.summary)
+    write_json(folder / SHARED_SUMMARY, entrant.summary)
 
 
 def provenance_of(entrant: Entrant) -> dict[str, Any]:

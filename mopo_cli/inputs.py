@@ -124,13 +124,18 @@ def texts_of(examples: Sequence[Example]) -> Iterator[str]:
 
 
 def build_method(config: TrainConfig, names: tuple[str, ...], thresholds: tuple[float | None, ...]) -> Method:
-    """The method that algorithm._target_ names, with those of the run's settings that it takes."""
+    """The method that algorithm._target_ names, with those of the run's settings that it takes.
+
+    unscored: the objectives whose judge compares responses without giving them values.
+    """
     node = {key: value for key, value in config.algorithm.items() if key != "name"}
     try:
         target = get_class(str(node.get("_target_")))
     except (ImportError, ValueError, HydraException) as error:
         raise UserError(f"algorithm._target_: {' '.join(str(error).split())}") from None
-    given = {"names": names, "thresholds": thresholds}
+    general = config.preference_model.form == "general"
+    unscored = tuple(name for name in names if general and config.objectives[name].computed is None)
+    given = {"names": names, "thresholds": thresholds, "unscored": unscored}
     given |= {key: getattr(config, key) for key in ("tau", "beta", "epsilon", "t0")}
     given["preference_form"] = config.preference_model.form
     taken = inspect.signature(target).parameters

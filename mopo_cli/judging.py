@@ -83,6 +83,30 @@ def judge_samples(
     return tokens, rates
 
 
+def response_values(
+    model: PreferenceModel,
+    objectives: Sequence[Objective],
+    examples: Sequence[Example],
+    rows: Sequence[TokenRow],
+    texts: Sequence[Sequence[str]],
+    collate: Collator,
+) -> list[Tensor]:
+    """(G, K) values of each row's responses: the preference model's, of Bradley-Terry, or a computed objective's score.
+
+    Values of the preference model compare within a prompt only: a shift of all of a prompt's changes no probability.
+    """
+    if all(objective.scorer is not None for objective in objectives):
+        values = [torch.zeros(len(row.responses), len(objectives)) for row in rows]
+    else:
+        values = [features[..., 0].clone() for features in features_of(model, rows, collate)]
+    for k, objective in enumerate(objectives):
+        if objective.scorer is not None:
+            for value, example, said in zip(values, examples, texts, strict=True):
+                prompt = as_text(example.prompt)
+                value[:, k] = torch.tensor([score_text(objective, prompt, text, example.context) for text in said])
+    return values
+
+
 def computed_rates(objective: Objective, example: Example, texts: Sequence[str]) -> list[float]:
     """(M,) win rates of texts against the data's responses under a computed objective."""
     prompt = as_text(example.prompt)

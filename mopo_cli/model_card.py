@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from mopo_cli.directions import Directions
+
 VERDICTS = {"yes": "yes", "no": "no", "undecided": "undecided (the interval holds the threshold)"}
 
 
@@ -17,12 +19,13 @@ def model_card(
     adapter: bool = False,
     prompt: str | None = None,
     evaluation: Mapping[str, Any] | None = None,
+    directions: Directions | None = None,
 ) -> str:
     """Markdown with the hub's metadata in front.
 
     settings: the run's config. summary, provenance: its summary.json and provenance.json. adapter: whether the folder
     holds a LoRA adapter alone. prompt: an example in the form that the model knows. evaluation: a later
-    evaluation.json.
+    evaluation.json. directions: what a policy that is told the user's wishes understands.
     """
     model, measured = settings["model"], evaluation or summary
     base = str(model.get("path") or model.get("name") or "a model from scratch")
@@ -39,6 +42,8 @@ def model_card(
         "are 95 % bootstrap intervals over prompts.",
         "",
     ]
+    if summary.get("condition"):
+        lines += _told(str(summary["condition"]), directions)
     if prompt is not None:
         lines += _usage(adapter, prompt)
     if summary.get("warnings"):
@@ -87,6 +92,44 @@ def _beside(measured: Mapping[str, Any]) -> list[str]:
         exact = ", ".join(f"{_text(name)} {value:.3f}" for name, value in measured["oracle"]["win_rate"].items())
         lines += ["", f"Exact win rates: {exact}."]
     return lines
+
+
+def _told(condition: str, directions: Directions | None) -> list[str]:
+    """What stands in front of a prompt, and what else may stand there."""
+    lines = [
+        "## What the model is told",
+        "",
+        f"A line in front of the prompt, or of a conversation's system message, says what is wanted: "
+        f"`{_code(condition)}` where the numbers above were measured.",
+    ]
+    if directions is None:
+        return [*lines, ""]
+    ends = zip(directions.names, directions.low, directions.high, strict=True)
+    span = ", ".join(
+        f"{_text(n)} {low:.{directions.decimals}f} to {high:.{directions.decimals}f}" for n, low, high in ends
+    )
+    corners = [{name: 1.0} for name in directions.names]
+    lines += [
+        f"It knows {span}. A direction of preference becomes such a line:",
+        "",
+        "| direction | line |",
+        "|---|---|",
+        *(f"| {_direction(one)} | `{_code(directions.condition(one))}` |" for one in (*corners, _alike(directions))),
+        "",
+        "Responses at a direction, with this folder or the run's:",
+        "",
+        f'    mopo sample run=. direction="{_direction(_alike(directions))}" prompt="How do I boil an egg?"',
+        "",
+    ]
+    return lines
+
+
+def _alike(directions: Directions) -> dict[str, float]:
+    return dict.fromkeys(directions.names, 1.0)
+
+
+def _direction(weights: Mapping[str, float]) -> str:
+    return ",".join(f"{name}={weight:g}" for name, weight in weights.items())
 
 
 def _usage(adapter: bool, prompt: str) -> list[str]:

@@ -35,11 +35,11 @@ def known_example(run: RunDirectory) -> tuple[str, str]:
     return str(rows[0].get("prompt", "")) if rows else "", " x" if 2 * apart > len(rows) else "x"
 
 
-def framed_text(run: RunDirectory, prompt: str) -> str:
-    """The text that stands in front of a response to `prompt`."""
+def framed_text(run: RunDirectory, prompt: str, condition: str = "") -> str:
+    """The text that stands in front of a response to `prompt`, which is asked behind `condition`."""
     from omegaconf import OmegaConf
 
     model = configs.typed(OmegaConf.create(run.settings()), configs.TrainConfig).model
-    encoder = Encoder(AutoTokenizer.from_pretrained(run.model), model.max_length, model.chat_template)
+    encoder = Encoder(AutoTokenizer.from_pretrained(run.model), model.max_length, model.chat_template, condition)
     example, response = known_example(run)
     return encoder.prompt_text(in_form_of(prompt, example), response)

@@ -26,6 +26,7 @@ from mopo_cli.evaluation import (
     REFERENCE_SEED,
     Exact,
     Models,
+    asked_rows,
     evaluated_prompts,
     exact_evaluation,
     exact_win_rates,
@@ -183,7 +184,7 @@ def encoder_of(settings: EvalConfig, entrant: Entrant, data: PreferenceData) -> 
     """The entrant's encoder, which has seen the data's lengths, and the test prompts that fit it."""
     model = model_of(settings, entrant)
     encoder = Encoder(tokenizer_of(entrant, model), model.max_length, model.chat_template)
-    encoder.room = encoder.condition_tokens(str(entrant.summary.get("condition") or ""))
+    encoder.room = encoder.condition_tokens(entrant.condition)
     kept = [encoder.rows(part, "drop")[1] for part in (data.train, data.heldout, data.test) if part]
     return encoder, {as_text(example.prompt) for part in kept for example in part}
 
@@ -264,10 +265,9 @@ def respond_run(
             load_weights(policy, run.reference)
         initial = snapshot(policy)
         load_weights(policy, run.model)
-    condition = str(entrant.summary.get("condition") or "")
     kept = entrant.trained.cache if entrant.trained.cache and Path(entrant.trained.cache).is_dir() else None
-    models = Models(policy, initial, encoder, collate, None, condition, kept)  # type: ignore[arg-type]  # nobody judges
-    answers = sampled(settings, policy, encoder, given.examples, POLICY_SEED, condition)
+    models = Models(policy, initial, encoder, collate, None, entrant.condition, kept)  # type: ignore[arg-type]  # nobody judges
+    answers = sampled(settings, policy, encoder, given.examples, POLICY_SEED, entrant.condition)
     with loaded(policy, initial):
         reference = sampled(settings, policy, encoder, given.examples, REFERENCE_SEED)
     exact = exact_evaluation(
@@ -296,13 +296,14 @@ def respond_model(settings: EvalConfig, given: Given, entrant: Entrant, encoder:
     model = model_of(settings, entrant)
     policy = on_device(load_policy(model, encoder.tokenizer, settings.seed), model)
     collate = collator_of(policy, encoder)
-    answers = sampled(settings, policy, encoder, given.examples, POLICY_SEED)
+    condition = entrant.condition
+    answers = sampled(settings, policy, encoder, given.examples, POLICY_SEED, condition)
     one = Responded(entrant, answers, cut_off=cut_off(answers))
-    one.exact = exact_win_rates(policy, encoder, collate, given.data, settings.evaluation.exact_prompts)
+    told = encoder.conditioned(condition)
+    one.exact = exact_win_rates(policy, told, collate, given.data, settings.evaluation.exact_prompts)
     if settings.reference is None:
         return one
-    assert answers.tokens is not None
-    now = all_logps(policy, answers.tokens, collate)
+    now = all_logps(policy, asked_rows(encoder, given.examples, answers, condition), collate)
     del policy
     other = replace(settings.model, path=settings.reference)
     tokenizer = load_tokenizer(other, [])
@@ -311,7 +312,7 @@ def respond_model(settings: EvalConfig, given: Given, entrant: Entrant, encoder:
     theirs.longest_response = encoder.longest_response
     one.reference = sampled(settings, reference, theirs, given.examples, REFERENCE_SEED)
     if tokenizer.get_vocab() == encoder.tokenizer.get_vocab():  # the same tokens, so their probabilities compare
-        before = all_logps(reference, answers.tokens, collate)
+        before = all_logps(reference, asked_rows(encoder, given.examples, answers, ""), collate)
         one.kl = mean_log_ratio(now, before)
     return one
 

@@ -59,6 +59,8 @@ def finish(
 ) -> Outcome:
     """Save the model, evaluate, write summary.json last, and show the result."""
     save_model(models.policy, inputs.tokenizer, run.model)
+    if aligned.directions is not None:
+        aligned.directions.save(run.model)
     asked = {o.name: o.threshold for o in inputs.data.objectives if o.threshold is not None}
     thresholds = aligned.thresholds or asked
     with stage("evaluation", 2) as progress:
@@ -75,7 +77,9 @@ def finish(
     summary = summarise(config, inputs, aligned, evaluation, exact, accuracy, signs, state)
     write_samples(run, evaluation.samples)
     figures = draw(tracker.history, evaluation, exact, run)
-    card = model_card(run.settings(), summary, inputs.data.provenance, bool(config.model.lora.r))
+    card = model_card(
+        run.settings(), summary, inputs.data.provenance, bool(config.model.lora.r), directions=aligned.directions
+    )
     (run.model / "README.md").write_text(card, encoding="utf-8")
     summary["train"]["wall_seconds"] = time.perf_counter() - started
     publish(tracker, evaluation, figures, signs, summary)

@@ -17,6 +17,7 @@ from mopo_cli.config import SampleConfig
 from mopo_cli.console import say, warn
 from mopo_cli.data.prepare import resolve_objectives
 from mopo_cli.data.tokens import Encoder
+from mopo_cli.directions import directions_of, parsed
 from mopo_cli.entrants import MODEL_FILES, Entrant, finished_run, newest_run
 from mopo_cli.errors import UserError
 from mopo_cli.evaluation import POLICY_SEED, REFERENCE_SEED, sampled_answers, win_rates
@@ -50,18 +51,21 @@ def command(composed: DictConfig, prompt: str | None = None) -> int:
     check(settings)
     asked = asked_prompts(settings, prompt)
     entrant = entrant_of(settings)
+    condition = condition_of(entrant, settings.direction)
     quiet_libraries()
     speaker = load_speaker(settings, entrant)
     examples = [example_of(settings, entrant, text) for text in asked]
     for example, text in zip(examples, asked, strict=True):
-        size = len(speaker.encoder.prompt_ids(example.prompt, example.responses[0]))
+        size = len(speaker.encoder.conditioned(condition).prompt_ids(example.prompt, example.responses[0]))
         if size >= speaker.encoder.max_length:
             limit = speaker.encoder.max_length
             raise UserError(f"prompt {text[:40]!r}: its {size} tokens fill the context of {limit} (model.max_length)")
     answers = sampled_answers(
-        speaker.policy, speaker.encoder, examples, settings.n, settings.sampling, settings.seed + POLICY_SEED
+        speaker.policy, speaker.encoder, examples, settings.n, settings.sampling, settings.seed + POLICY_SEED, condition
     )
     rates = judged(settings, speaker, examples, answers)
+    if condition:
+        say(f"told: {condition}")
     for i, text in enumerate(asked):
         if len(asked) > 1:
             say(("" if i == 0 else "\n") + f"> {printable(text)}")
@@ -124,6 +128,19 @@ def entrant_of(settings: SampleConfig) -> Entrant:
     if any((path / name).is_file() for name in MODEL_FILES):
         return Entrant(path.name, str(path), "model")
     return finished_run(str(path))
+
+
+def condition_of(entrant: Entrant, direction: str | None) -> str:
+    """What the policy is told: as its run was evaluated, or for a direction; UserError where it takes none."""
+    if direction is None:
+        return entrant.condition
+    known = directions_of(entrant.model)
+    if known is None:
+        raise UserError(
+            f"direction={direction}: {entrant.path} takes no direction; policies trained by algorithm=dpa or "
+            "algorithm=ric do"
+        )
+    return known.condition(parsed(direction))
 
 
 def load_speaker(settings: SampleConfig, entrant: Entrant) -> Speaker:

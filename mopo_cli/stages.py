@@ -26,6 +26,7 @@ from mopo_cli.tracking import Tracker
 from mopo_cli.trainer import Progressed, Task, Trainer
 
 if TYPE_CHECKING:
+    from mopo_cli.directions import Directions
     from mopo_cli.inputs import Inputs
 
 
@@ -77,6 +78,7 @@ class Aligned:
 
     work: Work
     condition: str = ""  # what stands in front of each prompt when this policy is asked (data/tokens.py)
+    directions: Directions | None = None  # what else it may be asked, where that is a direction
     thresholds: dict[str, float] = field(default_factory=dict)  # asked of the secondaries in the end
     duals: dict[str, float] = field(default_factory=dict)
     estimated: dict[str, float] = field(default_factory=dict)  # the run's own last word on R_k
@@ -177,6 +179,12 @@ def latest_checkpoint(directory: Path) -> Path | None:
 
 def _number(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
+
+
+def reached(setting: Setting) -> int:
+    """The step of the checkpoint that the run goes on from; 0 where there is none."""
+    found = latest_checkpoint(setting.run.checkpoints) if setting.config.run.resume else None
+    return _number(found) if found else 0
 
 
 def _restored(setting: Setting, stage: Stage, first: int) -> int:

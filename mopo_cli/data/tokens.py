@@ -129,6 +129,12 @@ class Encoder:
         """Token ids of `prompt_text`, never empty: something must predict the response's first token."""
         return self._opened(self._ids(self.prompt_text(prompt, response), not self._templated(prompt)))
 
+    def conditioned_prompts(self, asked: Sequence[tuple[Example, str]]) -> list[list[int]]:
+        """`prompt_ids` of each example's prompt behind a condition of its own, encoded together."""
+        pieces = [self.conditioned(condition)._pieces(example)[0] for example, condition in asked]
+        ids = self._encode_pieces(list(dict.fromkeys(pieces)))
+        return [ids[piece] for piece in pieces]
+
     def _templated(self, prompt: Text) -> bool:
         """Whether the tokenizer's template renders this prompt, with its own special tokens."""
         chat = not isinstance(prompt, str) or self.chat_template == "always"

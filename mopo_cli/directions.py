@@ -1,0 +1,92 @@
+"""How a user's preference becomes the text that a conditioned policy is told: a direction, targets, a condition."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mopo_cli.errors import UserError
+from mopo_cli.pairwise import normalised_weights
+from mopo_cli.runs import read_json, write_json
+
+MAPS = ("linear", "l2", "linf")
+FILE = "directions.json"  # beside the weights, so that it goes where they go
+
+
+def spelled(names: Sequence[str], values: Sequence[float], decimals: int) -> str:
+    """The condition: each objective with its number, as in "helpful 80 harmless 60"."""
+    numbers = [f"{value:.{decimals}f}" for value in values]
+    zero = f"{0:.{decimals}f}"
+    return " ".join(f"{n} {zero if v == f'-{zero}' else v}" for n, v in zip(names, numbers, strict=True))
+
+
+def shares(weights: Sequence[float], map: str) -> list[float]:
+    """(K,) how far each target goes from its lowest to its highest value, in [0, 1], for weights that sum to one.
+
+    RiC's three maps (arXiv 2402.10207, as its code has them): linear w_k; l2 w_k / |w|_2; linf 1 for the largest
+    weight and min(K w_k, 1) for the others. All agree where one objective has all the weight.
+    """
+    if map == "linear":
+        return list(weights)
+    if map == "l2":
+        length = math.hypot(*weights)
+        return [weight / length for weight in weights]
+    top = max(weights)
+    return [1.0 if weight == top else min(len(weights) * weight, 1.0) for weight in weights]
+
+
+@dataclass(frozen=True, slots=True)
+class Directions:
+    """What a policy understands: a target an objective, between the two that it may be asked for.
+
+    DPA's unit vectors in percent are the map l2 from 0 to 100.
+    """
+
+    names: tuple[str, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    map: str
+    decimals: int
+
+    def condition(self, direction: Mapping[str, float] | None, key: str = "direction") -> str:
+        """The text for a direction {objective: weight}; None weighs all alike. UserError where it names no objective,
+        or a weight is negative, or all are zero."""
+        weights = normalised_weights(self.names, direction or dict.fromkeys(self.names, 1.0), key)
+        targets = [
+            low + share * (high - low)
+            for low, high, share in zip(self.low, self.high, shares(weights, self.map), strict=True)
+        ]
+        return spelled(self.names, targets, self.decimals)
+
+    def save(self, model: Path) -> None:
+        write_json(model / FILE, asdict(self))
+
+
+def directions_of(model: Path) -> Directions | None:
+    """What the policy in a model directory understands; None for one that takes no direction."""
+    if not (model / FILE).is_file():
+        return None
+    values: dict[str, Any] = read_json(model / FILE)
+    try:
+        names, low, high = (tuple(values[key]) for key in ("names", "low", "high"))
+        return Directions(names, low, high, str(values["map"]), int(values["decimals"]))
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{model / FILE}: not what a conditioned policy's training writes") from None
+
+
+def parsed(text: str) -> dict[str, float]:
+    """The direction that "helpful=0.8,concise=0.6" names, also written {helpful: 0.8, concise: 0.6}."""
+    found: dict[str, float] = {}
+    for part in text.strip(" '\"{}").replace(":", "=").split(","):
+        name, equals, value = (piece.strip(" '\"") for piece in part.partition("="))
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not (name and equals) or math.isnan(number) or name in found:
+            raise UserError(f'direction={text}: expected a weight an objective, as direction="helpful=0.8,concise=0.6"')
+        found[name] = number
+    return found
