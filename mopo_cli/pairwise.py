@@ -13,8 +13,8 @@ from mopo_cli.cache import kept_logps
 from mopo_cli.data.tokens import row_length
 from mopo_cli.errors import UserError
 from mopo_cli.models.logprobs import response_logps
-from mopo_cli.stages import Setting, Work, descend, step_rows
-from mopo_cli.trainer import Task
+from mopo_cli.stages import Setting, Work, descend, rows_a_step, step_rows
+from mopo_cli.trainer import Task, joined
 from mopo_cli.types import Example
 
 
@@ -35,6 +35,15 @@ class WeightedLabels:
 
     label: Tensor
     weight: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What else each step trains on: a task of its own, whose losses join the pairs' in one mean."""
+
+    task: Task
+    places: int  # of a step's rows, that it takes
+    notes: Callable[[], dict[str, Tensor]]
 
 
 def normalised_weights(
@@ -87,13 +96,14 @@ def fit_pairs(
     rewards: Sequence[Tensor] | None = None,
     with_reference: bool = True,
     weigh: Callable[[list[int]], float] | None = None,
+    beside: Beside | None = None,
     first: int = 0,
 ) -> None:
     """Train setting.inputs.policy on the training pairs that have a label of an objective with weight above 0.
 
     loss: unreduced (P,); an update descends on its sum over the pairs of config.batch_size prompts, divided by their
-    number, or by `weigh` of the prompts. rewards: (G, K) of each training row's responses. Raises UserError where no
-    pair has such a label.
+    number, or by `weigh` of the prompts. Rows of `beside` take the places of some of the prompts. rewards: (G, K) of
+    each training row's responses. Raises UserError where no pair has such a label.
     """
     config, inputs = setting.config, setting.inputs
     examples, tokens = inputs.examples["train"], inputs.tokens["train"]
@@ -103,7 +113,7 @@ def fit_pairs(
         names = ", ".join(inputs.data.names[k] for k in used)
         raise UserError(f"algorithm.weights: no training pair has a label of {names}")
     steps = config.steps if steps is None else steps
-    taken = step_rows(setting, len(rows))
+    taken = step_rows(setting, len(rows), rows_a_step(setting) - (beside.places if beside else 0))
     visited = sorted({rows[i] for step in range(steps) for i in taken(step)}) if with_reference else []
     found = kept_logps(
         setting.accelerator, config.cache, inputs.policy, [tokens[i] for i in visited], inputs.collate
@@ -148,9 +158,20 @@ def fit_pairs(
         weight_of=weigh or pairs_of,
         length_of=lambda i: row_length(tokens[i]),
     )
+    if beside is None:
+        descend(setting, task, work, title=title, steps=steps, pairs_of=pairs_of, notes=lambda: notes, first=first)
+        return
+    both = joined(task, beside.task, len(tokens))
     descend(
-        setting, task, work, title=title, steps=steps, pairs_of=pairs_of, notes=lambda: notes, first=first
-    )  # fmt: skip
+        setting,
+        both,
+        work,
+        title=title,
+        steps=steps,
+        pairs_of=lambda numbers: int(both.weight_of(numbers)),
+        notes=lambda: {**notes, **beside.notes()},
+        first=first,
+    )
 
 
 @torch.no_grad()

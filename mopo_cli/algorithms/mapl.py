@@ -1,0 +1,427 @@
+"""MAPL: preferences between prompts, given a response, beside preferences between responses, given a prompt.
+
+Source: arXiv 2505.12845; its parent, response-conditioned Bradley-Terry, is arXiv 2502.00814. Instructions that can be
+checked by rule are put in front of prompts (data/instructions.py), and the loss on the original pairs is joined by
+
+    intra-sample:  -log s(r(x_w, y) - r(x_l, y)),  y following more of the instructions of x_w than of x_l
+    inter-sample:  -log s([r(x_1, y) - r(x_1, y')] - [r(x_2, y) - r(x_2, y')]),  x_1 favouring y more than x_2 does
+
+For the preference model r is its value of each objective; for the policy r(x, y) = tau log pi(y|x) / pi_ref(y|x), where
+the reference sees the same instructions. The paper's inter-sample loss and the weights of the three could not be
+confirmed. The reading of margins is the default: what a policy defines as r(x, y) is known up to a function of x only
+(DPO's log-partition function), which margins do not contain. `across: responses` is the other reading, r(x_1, y) over
+r(x_2, y') where y follows more of its instructions than y' of its own. The three are one mean over all comparisons of a
+step, in which those of instructions count `intra` and `inter` times.
+
+The parent's finding that one must augment both sides, preferred responses that violate instructions and others that
+satisfy them, is met by writing instructions without a look at labels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from mopo_cli import cache
+from mopo_cli.algorithms.dpo import Dpo
+from mopo_cli.config import PreferenceModelConfig, SamplingConfig
+from mopo_cli.console import say, stage, warn
+from mopo_cli.data.instructions import (
+    KINDS,
+    Comparison,
+    Instruction,
+    Telling,
+    Told,
+    inter_margins,
+    inter_responses,
+    write,
+)
+from mopo_cli.data.tokens import Collator, Encoder, batch_rows, content
+from mopo_cli.errors import UserError
+from mopo_cli.models.logprobs import gather_slots, response_logps
+from mopo_cli.models.preference import (
+    PreferenceModel,
+    accuracy,
+    build_preference_model,
+    load_preference_model,
+    save_preference_model,
+)
+from mopo_cli.models.reference import loaded
+from mopo_cli.models.sampling import sample
+from mopo_cli.pairwise import Beside, fit_pairs
+from mopo_cli.pretrain import JUDGED, heldout_logits, labelled_task, limited_steps, train_preference_model
+from mopo_cli.runs import read_json, whole, write_json
+from mopo_cli.stages import Aligned, Setting, Work, finished, rows_a_step, step_rows
+from mopo_cli.trainer import Task, joined
+from mopo_cli.types import Example
+
+MEASURED = 32  # told rows that go through the preference model at once
+ACROSS = {"margins": inter_margins, "responses": inter_responses}
+
+
+# --------------------------------------------------------------------------------------------- losses
+
+
+def condition_loss(margin: Tensor) -> Tensor:
+    """-log s(margin), of the shape of the margins: arXiv 2505.12845's loss within a sample and across samples."""
+    return -logsigmoid(margin)
+
+
+def reward_margins(rewards: Tensor, index: Tensor) -> Tensor:
+    """(P,) margins of P comparisons: of rewards (2D, G), D rows behind both their conditions, by `index_of`."""
+    first, second = rewards[index[..., 0, 0], index[..., 0, 1]], rewards[index[..., 1, 0], index[..., 1, 1]]
+    return (first - second).sum(1)
+
+
+def preference_margins(model: PreferenceModel, features: Tensor, index: Tensor) -> Tensor:
+    """(P, K) margins of P comparisons under each objective: of features (2D, G, K, 1 + 2 rank), by `index_of`."""
+    first, second = features[index[..., 0, 0], index[..., 0, 1]], features[index[..., 1, 0], index[..., 1, 1]]
+    return model.logits(first, second).sum(1)
+
+
+def index_of(comparisons: Sequence[Sequence[Comparison]]) -> Tensor:
+    """(P, M, 2, 2): which row and response is over which, M such for each comparison of each told row."""
+    flat = [
+        [[[2 * d + c, g] for c, g in over] for over in comparison]
+        for d, each in enumerate(comparisons)
+        for comparison in each
+    ]
+    return torch.tensor(flat, dtype=torch.long).view(len(flat), -1 if flat else 1, 2, 2)
+
+
+# --------------------------------------------------------------------------------------------- rows with instructions
+
+
+Margins = Callable[[Tensor], Tensor]  # of the comparisons of some rows, by index
+
+
+class ToldTask:
+    """The losses of told rows, for a model that gives margins; `heads` losses a comparison."""
+
+    def __init__(
+        self,
+        told: Sequence[Told],
+        factors: dict[str, float],
+        margins: Callable[[Sequence[int]], Margins],
+        rows_of: Callable[[int], list[int]],
+        heads: int = 1,
+    ):
+        self.told, self.factors, self.margins, self.heads = told, factors, margins, heads
+        self.notes: dict[str, Tensor] = {}
+        self.task = Task(rows_of, self.loss_of, self.weight_of, lambda i: told[i].length)
+
+    def loss_of(self, numbers: list[int]) -> Tensor:
+        margins = self.margins(numbers)
+        losses = []
+        for name, factor in self.factors.items():
+            margin = margins(index_of([getattr(self.told[i], name) for i in numbers]))
+            losses.append(factor * condition_loss(margin).sum())
+            self.notes[f"{name}_accuracy"] = (margin.detach() > 0).float().mean()
+        return torch.stack(losses).sum()
+
+    def weight_of(self, numbers: list[int]) -> float:
+        return self.heads * sum(len(getattr(self.told[i], name)) for i in numbers for name in self.factors)
+
+
+def policy_margins(
+    policy: nn.Module, told: Sequence[Told], reference: dict[int, Tensor], tau: float, collate: Collator
+) -> Callable[[Sequence[int]], Margins]:
+    """Margins of tau log pi / pi_ref; `reference` has the (2, G) log-probs of each row that is asked for."""
+
+    def of(numbers: Sequence[int]) -> Margins:
+        tensors = collate([row for i in numbers for row in told[i].rows])
+        device = next(policy.parameters()).device
+        logps = response_logps(policy, tensors.to(device))
+        known = [each for i in numbers for each in reference[i]]
+        before = torch.nn.utils.rnn.pad_sequence(known, batch_first=True).to(device)
+        return lambda index: reward_margins(tau * (logps - before), index.to(device))
+
+    return of
+
+
+def model_margins(
+    model: PreferenceModel, told: Sequence[Told], collate: Collator
+) -> Callable[[Sequence[int]], Margins]:
+    """Margins of the preference model's logits."""
+
+    def of(numbers: Sequence[int]) -> Margins:
+        device = next(model.parameters()).device
+        tensors = collate([row for i in numbers for row in told[i].rows]).to(device)
+        features = gather_slots(model(tensors), tensors.slot)
+        return lambda index: preference_margins(model, features, index.to(device))
+
+    return of
+
+
+# --------------------------------------------------------------------------------------------- the method
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracies:
+    """Of a preference model on held-out rows, (K,) each: labelled pairs, and comparisons of instructions."""
+
+    plain: list[float]
+    intra: list[float]
+    inter: list[float]
+
+
+class Mapl:
+    """The settings of algorithm=mapl.
+
+    A step has as many rows as one of algorithm=dpo; a share `augmented` of them are told instructions, two rows of one
+    prompt at a time. Rows that do not fit the context behind their instructions are left out of the told ones only, so
+    that training and test rows are those of every other method; the policy is asked and judged without instructions.
+    """
+
+    longest_condition = ""
+
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        tau: float,
+        weights: dict[str, float] | None = None,
+        smoothing: float = 0.0,
+        intra: float = 1.0,
+        inter: float = 1.0,
+        across: str = "margins",
+        augmented: float = 0.5,
+        instructions: int = 3,
+        kinds: Sequence[str] | None = None,
+        preference_model: bool = False,
+    ):
+        self.dpo = Dpo(names, tau, weights=weights, smoothing=smoothing)
+        for key, value in (("intra", intra), ("inter", inter)):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+                raise UserError(f"algorithm.{key}={value}: must be a number, 0 or more")
+        if across not in ACROSS:
+            raise UserError(f"algorithm.across={across}: must be {' or '.join(ACROSS)}")
+        if not 0 <= augmented < 1:
+            raise UserError(f"algorithm.augmented={augmented}: must be in [0, 1), a share of each step's rows")
+        if type(instructions) is not int or instructions < 1:
+            raise UserError(f"algorithm.instructions={instructions}: must be a whole number, 1 or more")
+        self.kinds = tuple(KINDS) if kinds is None else tuple(kinds)
+        unknown = [kind for kind in self.kinds if kind not in KINDS]
+        if unknown or not self.kinds:
+            found = f"no kind of instruction {unknown[0]}" if unknown else "no kind of instruction"
+            raise UserError(f"algorithm.kinds: {found}; must be of {', '.join(KINDS)}, or null for all")
+        self.factors = {name: float(f) for name, f in (("intra", intra), ("inter", inter)) if f > 0 and augmented > 0}
+        self.tau, self.across, self.augmented = tau, across, augmented
+        self.most, self.preference_model = instructions, preference_model
+
+    def align(self, setting: Setting) -> Aligned:
+        work = Work()
+        title = "alignment (mapl)"
+        if not self.factors:
+            fit_pairs(setting, self.dpo.loss, self.dpo.weights, work, title=title)
+            return Aligned(finished(work))
+        if self.preference_model:
+            self.judge_with_instructions(setting)
+        fit_pairs(setting, self.dpo.loss, self.dpo.weights, work, title=title, beside=self.beside(setting))
+        work = finished(work)
+        self.measure(setting)
+        return Aligned(work)
+
+    def telling(self, setting: Setting) -> Telling:
+        return Telling(self.most, self.kinds, ACROSS[self.across], setting.config.seed)
+
+    def doubles(self, rows: int, key: str) -> int:
+        """How many prompts of a step are told instructions, each twice."""
+        count = round(rows * self.augmented / 2)
+        if count < 1 or 2 * count >= rows:
+            raise UserError(
+                f"algorithm.augmented={self.augmented}: of the {rows} rows of a step ({key}) it leaves "
+                f"{rows - 2 * count} without instructions and {2 * count} with; both must be above 0, and a prompt "
+                "that is told instructions takes two"
+            )
+        return count
+
+    def told(self, setting: Setting, split: str, most: int) -> list[Told]:
+        """At most so many rows of a split, drawn by the seed, behind their instructions; says what is left out."""
+        inputs, config, telling = setting.inputs, setting.config, self.telling(setting)
+        examples, tokens = inputs.examples[split], inputs.tokens[split]
+        numbers = np.random.default_rng([config.seed, 29]).permutation(len(examples))[:most].tolist()
+        budget = config.token_budget
+        found: list[Told] = []
+        silent = overlong = 0
+        with stage("instructions", len(numbers), brief=True) as progress:
+            for done, i in enumerate(numbers, start=1):
+                one = telling.told(inputs.encoder, examples[i], tokens[i], i)
+                if one is None or not any(getattr(one, name) for name in self.factors):
+                    silent += 1
+                elif not one.fits(inputs.encoder.max_length) or (budget is not None and one.length > budget):
+                    overlong += 1
+                else:
+                    found.append(one)
+                if done % 100 == 0:
+                    progress.advance(done)
+            progress.advance(len(numbers))
+        if not found:
+            raise UserError(
+                f"algorithm.kinds: none of {len(numbers)} {split} rows can be told instructions: {overlong} do not fit "
+                f"the context behind them (model.max_length, token_budget), and of {silent} no response follows one"
+            )
+        if overlong:
+            warn(f"{overlong} of {len(numbers)} {split} rows do not fit the context behind instructions; not told any")
+        return found
+
+    def beside(self, setting: Setting) -> Beside:
+        """The told rows of each step, with the reference's log-probs of those that are visited."""
+        config, inputs = setting.config, setting.inputs
+        count = self.doubles(rows_a_step(setting), "batch_size")
+        told = self.told(setting, "train", config.steps * count)
+        taken = step_rows(setting, len(told), count)
+        visited = sorted({i for step in range(config.steps) for i in taken(step)})
+        rows = [row for i in visited for row in told[i].rows]
+        logps = cache.kept_logps(setting.accelerator, config.cache, inputs.policy, rows, inputs.collate)
+        reference = {i: torch.stack(logps[2 * n : 2 * n + 2]) for n, i in enumerate(visited)}
+        margins = policy_margins(inputs.policy, told, reference, self.tau, inputs.collate)
+        task = ToldTask(told, self.factors, margins, taken)
+        return Beside(task.task, 2 * count, lambda: task.notes)
+
+    def measure(self, setting: Setting) -> None:
+        """Says and logs how often an instruction is followed that a response of the data follows."""
+        config, inputs = setting.config, setting.inputs
+        examples = inputs.examples["heldout"][: config.evaluation.prompts]
+
+        def share(told: bool) -> float:
+            return share_followed(
+                inputs.policy, inputs.encoder, examples, self.kinds, config.sampling, config.seed, told
+            )
+
+        ours, untold = share(True), share(False)
+        with loaded(inputs.policy, setting.initial):
+            theirs = share(True)
+        setting.tracker.log(
+            config.steps, **{"followed/told": ours, "followed/untold": untold, "followed/reference": theirs}
+        )
+        say(f"instructions followed: {ours:.1%}; by the reference {theirs:.1%}; without being told {untold:.1%}")
+
+    # ----------------------------------------------------------------------------------------- the preference model
+
+    def judge_with_instructions(self, setting: Setting) -> None:
+        """The preference model fitted anew with the losses on instructions, left in the run's stages/preference_model.
+
+        It stands beside the run's own, which goes on to judge, so that all methods are judged alike.
+        """
+        config, inputs, accelerator = setting.config, setting.inputs, setting.accelerator
+        own, names = setting.run.path / "stages" / "preference_model", inputs.data.names
+        steps = limited_steps(config.preference_model, len(inputs.tokens["train"]))
+        settings = replace(config.preference_model, steps=steps)
+        found: list[tuple[PreferenceModel, dict[str, Accuracies]]] = []
+        about = (asdict(settings), self.factors, self.across, self.augmented, self.most, self.kinds, "both sides")
+
+        def key() -> str:
+            return cache.policy_key(config, inputs, setting.judge, "mapl-preference-model", about)
+
+        def fit() -> None:
+            model = build_preference_model(inputs.policy, len(names), settings.form, settings.skew_rank, config.seed)
+            heldout = self.told(setting, "heldout", JUDGED)
+            before = self.accuracies(setting, setting.judge, heldout)
+            held = inputs.examples["heldout"], inputs.tokens["heldout"]
+            task = self.preference_task(setting, model, settings)
+            with stage("preference model (mapl)", steps) as progress:
+                train_preference_model(accelerator, model, task, held, inputs.collate, settings, progress)
+            found.append((model, {"before": before, "after": self.accuracies(setting, model, heldout)}))
+
+        def save(path: Path) -> None:
+            model, accuracies = found[0]
+            with whole(path) as place:
+                save_preference_model(model, place / "model", names, accuracies["after"].plain)
+                write_json(place / "accuracy.json", {name: asdict(each) for name, each in accuracies.items()})
+
+        def load(path: Path) -> None:
+            model, _ = load_preference_model(path / "model", inputs.policy)
+            found.append((model, {n: Accuracies(**each) for n, each in read_json(path / "accuracy.json").items()}))
+
+        own.parent.mkdir(parents=True, exist_ok=True)
+        cache.fitted(accelerator, config.cache, key, own, fit, save, load)
+        before, after = (found[0][1][name] for name in ("before", "after"))
+        say("preference model with instructions, held-out accuracy without them -> with them:")
+        for what in ("plain", "intra", "inter"):
+            values = zip(names, getattr(before, what), getattr(after, what), strict=True)
+            title = "pairs" if what == "plain" else f"{what}-sample comparisons"
+            say(f"  {title}: " + ", ".join(f"{name} {a:.1%} -> {b:.1%}" for name, a, b in values))
+
+    def preference_task(self, setting: Setting, model: PreferenceModel, settings: PreferenceModelConfig) -> Task:
+        """Labelled pairs, with told rows in some of a step's places: every objective's value is to follow them."""
+        inputs, seed = setting.inputs, setting.config.seed
+        examples, rows = inputs.examples["train"], inputs.tokens["train"]
+        size = settings.batch_size * setting.accelerator.num_processes
+        count = self.doubles(size, "preference_model.batch_size")
+        told = self.told(setting, "train", settings.steps * count)
+        plain = labelled_task(
+            setting.accelerator,
+            model,
+            (examples, rows),
+            inputs.collate,
+            lambda step: batch_rows(len(rows), size - 2 * count, seed, step),
+        )
+        margins = model_margins(model, told, inputs.collate)
+        beside = ToldTask(told, self.factors, margins, step_rows(setting, len(told), count), len(inputs.data.names))
+        return joined(plain, beside.task, len(rows))
+
+    @torch.no_grad()
+    def accuracies(self, setting: Setting, model: PreferenceModel, told: Sequence[Told]) -> Accuracies:
+        """On all held-out pairs, and on the comparisons of held-out rows that are told instructions."""
+        inputs = setting.inputs
+        heldout = inputs.examples["heldout"], inputs.tokens["heldout"]
+        plain = accuracy(*heldout_logits(model, *heldout, inputs.collate))
+        of = model_margins(model.eval(), told, inputs.collate)
+        right: dict[str, list[Tensor]] = {"intra": [], "inter": []}
+        for start in range(0, len(told), MEASURED):
+            numbers = range(start, min(start + MEASURED, len(told)))
+            margins = of(numbers)
+            for name, found in right.items():
+                found.append(margins(index_of([getattr(told[i], name) for i in numbers])).cpu() > 0)
+        intra, inter = (torch.cat(found).float().mean(0).tolist() for found in right.values())
+        return Accuracies(plain, intra, inter)
+
+
+# --------------------------------------------------------------------------------------------- what is followed
+
+
+def asked_instructions(
+    examples: Sequence[Example], kinds: Sequence[str], seed: int
+) -> list[tuple[Example, Instruction]]:
+    """An instruction for each example that one of its responses meets; not all have one of a kind drawn at random."""
+    found = []
+    for number, example in enumerate(examples):
+        rng = np.random.default_rng([seed, number, 23])
+        responses = [content(response) for response in example.responses]
+        chosen = responses.pop(int(rng.integers(len(responses))))
+        one = write(kinds[int(rng.integers(len(kinds)))], chosen, True, responses, rng)
+        if one is not None:
+            found.append((example, one))
+    return found
+
+
+def share_followed(
+    policy: nn.Module,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    kinds: Sequence[str],
+    sampling: SamplingConfig,
+    seed: int,
+    told: bool,
+) -> float:
+    """How often a sampled response follows an instruction, with it in front of the prompt or without; NaN of none.
+
+    Each is one that a response of the data to the same prompt follows, so that it can be met.
+    """
+    asked = asked_instructions(examples, kinds, seed)
+    ids = [
+        encoder.conditioned(one.text if told else "").prompt_ids(e.prompt, e.responses[0] if e.responses else "x")
+        for e, one in asked
+    ]
+    fits = [i for i, each in enumerate(ids) if len(each) + encoder.longest_response <= encoder.max_length]
+    if not fits:
+        return math.nan
+    drawn = sample(policy, encoder, [ids[i] for i in fits], 1, sampling, seed)
+    return sum(asked[i][1].met(one[0].text) for i, one in zip(fits, drawn, strict=True)) / len(fits)
