@@ -206,6 +206,8 @@ class Mapl:
             raise UserError(f"algorithm.augmented={augmented}: must be in [0, 1), a share of each step's rows")
         if type(instructions) is not int or instructions < 1:
             raise UserError(f"algorithm.instructions={instructions}: must be a whole number, 1 or more")
+        if type(preference_model) is not bool:
+            raise UserError(f"algorithm.preference_model={preference_model}: must be true or false")
         self.kinds = tuple(KINDS) if kinds is None else tuple(kinds)
         unknown = [kind for kind in self.kinds if kind not in KINDS]
         if unknown or not self.kinds:
@@ -232,15 +234,13 @@ class Mapl:
         return Telling(self.most, self.kinds, ACROSS[self.across], setting.config.seed)
 
     def doubles(self, rows: int, key: str) -> int:
-        """How many prompts of a step are told instructions, each twice."""
-        count = round(rows * self.augmented / 2)
-        if count < 1 or 2 * count >= rows:
+        """How many prompts of a step are told instructions, each twice: one at least, and a row is left that is not."""
+        if rows < 3:
             raise UserError(
-                f"algorithm.augmented={self.augmented}: of the {rows} rows of a step ({key}) it leaves "
-                f"{rows - 2 * count} without instructions and {2 * count} with; both must be above 0, and a prompt "
-                "that is told instructions takes two"
+                f"{key}: a step of {rows} rows has no room for a plain one and two with instructions; give it 3 or "
+                "more, or set algorithm.augmented=0"
             )
-        return count
+        return min(max(round(rows * self.augmented / 2), 1), (rows - 1) // 2)
 
     def told(self, setting: Setting, split: str, most: int) -> list[Told]:
         """At most so many rows of a split, drawn by the seed, behind their instructions; says what is left out."""

@@ -176,7 +176,8 @@ def write_conditions(
     source = int(rng.integers(len(responses)))
     response = responses[source]
     others = [text for i, text in enumerate(responses) if i != source]
-    chosen = _one_about_each([kinds[i] for i in rng.permutation(len(kinds)).tolist()])
+    order: list[int] = rng.permutation(len(kinds)).tolist()
+    chosen = _one_about_each([kinds[i] for i in order])
     both = [(write(k, response, True, others, rng), write(k, response, False, others, rng)) for k in chosen]
     usable = [(yes, no) for yes, no in both if yes is not None and no is not None]
     usable = usable[: int(rng.integers(1, most + 1))]
