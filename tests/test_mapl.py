@@ -110,7 +110,7 @@ class TestTask:
     def task(self, factors: dict[str, float] = BOTH, tau: float = 0.3) -> tuple[torch.nn.Module, ToldTask]:
         model, told = build(ARCHITECTURES["llama"]), told_rows()
         margins = policy_margins(model, told, self.reference(told), tau, PACKED)
-        return model, ToldTask(told, factors, margins, lambda step: [0, 1])
+        return model, ToldTask(told, factors, margins, lambda step: [0, 1], beside=10.0, rows=2)
 
     def test_the_loss_by_hand(self):
         model, task = self.task({"intra": 2.0, "inter": 0.5})
@@ -121,9 +121,9 @@ class TestTask:
                 for factor, comparisons in ((2.0, one.intra), (0.5, one.inter)):
                     for comparison in comparisons:
                         margin = sum(float(r[first] - r[second]) for first, second in comparison)
-                        expected += factor * math.log1p(math.exp(-margin))
-            assert float(task.loss_of([0, 1])) == pytest.approx(expected, rel=1e-4)
-        assert task.weight_of([0, 1]) == sum(len(one.intra) + len(one.inter) for one in told_rows()) == 8
+                        size = sum(len(one.intra if factor == 2.0 else one.inter) for one in told_rows())
+                        expected += factor * math.log1p(math.exp(-margin)) / size
+            assert task.loss_of([0, 1]).item() / 10.0 == pytest.approx(expected, rel=1e-4)  # a mean of each kind
 
     def test_the_gradient_does_not_depend_on_how_rows_are_parted(self):
         gradients = []
@@ -139,16 +139,17 @@ class TestTask:
         model, told = build(ARCHITECTURES["llama"]), told_rows()
         logps = all_logps(model, [row for one in told for row in one.rows], PACKED)
         reference = {i: torch.stack(logps[2 * i : 2 * i + 2]) for i in range(2)}
-        task = ToldTask(told, BOTH, policy_margins(model, told, reference, 0.3, PACKED), lambda step: [0, 1])
+        task = ToldTask(told, BOTH, policy_margins(model, told, reference, 0.3, PACKED), lambda step: [0, 1], 1.0, 2)
         with torch.no_grad():
-            assert float(task.loss_of([0, 1])) == pytest.approx(8 * math.log(2.0), rel=1e-4)
+            assert task.loss_of([0, 1]).item() == pytest.approx(2 * math.log(2.0), rel=1e-4)
 
     def test_a_preference_model_has_a_loss_for_each_objective(self):
         policy, told = build(ARCHITECTURES["llama"]), told_rows()
         model = build_preference_model(policy, 3, "bradley_terry", 1, seed=0)
-        task = ToldTask(told, BOTH, model_margins(model, told, PACKED), lambda step: [0, 1], heads=3)
-        task.loss_of([0, 1]).backward()
-        assert task.weight_of([0, 1]) == 24
+        task = ToldTask(told, BOTH, model_margins(model, told, PACKED), lambda step: [0, 1], 1.0, 2)
+        loss = task.loss_of([0, 1])
+        assert loss.item() == pytest.approx(3 * 2 * math.log(2.0), rel=0.5)
+        loss.backward()
         assert all(bool(p.grad.abs().sum() > 0) for p in model.head.parameters() if p.grad is not None)
 
     def test_joined_tasks_share_one_mean(self):

@@ -10,8 +10,8 @@ For the preference model r is its value of each objective; for the policy r(x, y
 the reference sees the same instructions. The paper's inter-sample loss and the weights of the three could not be
 confirmed. The reading of margins is the default: what a policy defines as r(x, y) is known up to a function of x only
 (DPO's log-partition function), which margins do not contain. `across: responses` is the other reading, r(x_1, y) over
-r(x_2, y') where y follows more of its instructions than y' of its own. The three are one mean over all comparisons of a
-step, in which those of instructions count `intra` and `inter` times.
+r(x_2, y') where y follows more of its instructions than y' of its own. The loss is the mean over original pairs plus
+`intra` and `inter` times the means over their comparisons.
 
 The parent's finding that one must augment both sides, preferred responses that violate instructions and others that
 satisfy them, is met by writing instructions without a look at labels.
@@ -55,7 +55,7 @@ from mopo_cli.models.preference import (
 )
 from mopo_cli.models.reference import loaded
 from mopo_cli.models.sampling import sample
-from mopo_cli.pairwise import Beside, fit_pairs
+from mopo_cli.pairwise import Beside, fit_pairs, judged
 from mopo_cli.pretrain import JUDGED, heldout_logits, labelled_task, limited_steps, train_preference_model
 from mopo_cli.runs import read_json, whole, write_json
 from mopo_cli.stages import Aligned, Setting, Work, finished, rows_a_step, step_rows
@@ -103,7 +103,11 @@ Margins = Callable[[Tensor], Tensor]  # of the comparisons of some rows, by inde
 
 
 class ToldTask:
-    """The losses of told rows, for a model that gives margins; `heads` losses a comparison."""
+    """The losses of told rows, for a model that gives margins.
+
+    It brings no weight of its own: joined to a task whose steps weigh `beside`, it adds to their mean loss a factor
+    times the mean over each kind of comparison, of which a step has as many as `rows` told rows have on average.
+    """
 
     def __init__(
         self,
@@ -111,23 +115,25 @@ class ToldTask:
         factors: dict[str, float],
         margins: Callable[[Sequence[int]], Margins],
         rows_of: Callable[[int], list[int]],
-        heads: int = 1,
+        beside: float,
+        rows: int,
     ):
-        self.told, self.factors, self.margins, self.heads = told, factors, margins, heads
+        self.told, self.margins = told, margins
+        self.scales: dict[str, float] = {}
+        for name, factor in factors.items():
+            found = sum(len(getattr(one, name)) for one in told)
+            self.scales[name] = factor * beside * len(told) / (rows * found) if found else 0.0
         self.notes: dict[str, Tensor] = {}
-        self.task = Task(rows_of, self.loss_of, self.weight_of, lambda i: told[i].length)
+        self.task = Task(rows_of, self.loss_of, lambda numbers: 0.0, lambda i: told[i].length)
 
     def loss_of(self, numbers: list[int]) -> Tensor:
         margins = self.margins(numbers)
         losses = []
-        for name, factor in self.factors.items():
+        for name, scale in self.scales.items():
             margin = margins(index_of([getattr(self.told[i], name) for i in numbers]))
-            losses.append(factor * condition_loss(margin).sum())
+            losses.append(scale * condition_loss(margin).sum())
             self.notes[f"{name}_accuracy"] = (margin.detach() > 0).float().mean()
         return torch.stack(losses).sum()
-
-    def weight_of(self, numbers: list[int]) -> float:
-        return self.heads * sum(len(getattr(self.told[i], name)) for i in numbers for name in self.factors)
 
 
 def policy_margins(
@@ -282,7 +288,10 @@ class Mapl:
         logps = cache.kept_logps(setting.accelerator, config.cache, inputs.policy, rows, inputs.collate)
         reference = {i: torch.stack(logps[2 * n : 2 * n + 2]) for n, i in enumerate(visited)}
         margins = policy_margins(inputs.policy, told, reference, self.tau, inputs.collate)
-        task = ToldTask(told, self.factors, margins, taken)
+        used = [k for k, weight in enumerate(self.dpo.weights) if weight > 0]
+        pairs = [n for n in (len(judged(example, used)) for example in inputs.examples["train"]) if n]
+        plain = (rows_a_step(setting) - 2 * count) * float(np.mean(pairs or [0]))
+        task = ToldTask(told, self.factors, margins, taken, plain, count)
         return Beside(task.task, 2 * count, lambda: task.notes)
 
     def measure(self, setting: Setting) -> None:
@@ -364,7 +373,9 @@ class Mapl:
             lambda step: batch_rows(len(rows), size - 2 * count, seed, step),
         )
         margins = model_margins(model, told, inputs.collate)
-        beside = ToldTask(told, self.factors, margins, step_rows(setting, len(told), count), len(inputs.data.names))
+        labels = plain.weight_of(list(range(len(rows)))) / len(rows) * (size - 2 * count)
+        taken = step_rows(setting, len(told), count)
+        beside = ToldTask(told, self.factors, margins, taken, labels / len(inputs.data.names), count)
         return joined(plain, beside.task, len(rows))
 
     @torch.no_grad()
