@@ -184,7 +184,11 @@ class TestBadInput:
             ({"kinds": []}, "algorithm.kinds: no kind of instruction; must be of"),
             ({"weights": {"witty": 1}}, r"algorithm\.weights=\{witty: 1\}: witty is no objective"),
             ({"smoothing": 0.5}, r"algorithm\.smoothing=0\.5"),
-            ({"preference_model": "both"}, r"algorithm\.preference_model=both: must be true or false"),
+            ({"preference_model": {"intra": -1}}, r"algorithm\.preference_model\.intra=-1: must be a number"),
+            (
+                {"preference_model": {"both": 1}},
+                r"algorithm\.preference_model\.both: no such key; must be intra or inter",
+            ),
         ],
     )
     def test_a_setting_is_named(self, settings: dict, message: str):
@@ -234,7 +238,7 @@ class TestRuns:
 
     def test_a_killed_run_goes_on_as_if_it_had_not_been(self, run_here: Run, place: Path):
         """Also one that fits a preference model with instructions, which does not judge."""
-        settings = ("algorithm=mapl", "algorithm.preference_model=true", f"cache={place / 'cache'}")
+        settings = ("algorithm=mapl", "algorithm.preference_model={intra: 1, inter: 1}", f"cache={place / 'cache'}")
         whole = self.run(run_here, place, "whole", *settings)
         accuracy = read_json(whole / "stages" / "preference_model" / "accuracy.json")
         assert set(accuracy) == {"before", "after"}
@@ -255,13 +259,13 @@ class TestRuns:
         assert results(killed) == results(whole)
 
     def test_rows_that_do_not_fit_behind_instructions_are_counted(self, run_here: Run, place: Path):
-        settings = ("algorithm=mapl", "algorithm.instructions=6", "cache=null", "steps=4", "model.max_length=48")
+        settings = ("algorithm=mapl", "algorithm.instructions=6", "cache=null", "steps=4", "model.max_length=54")
         done = run_here("train", *TINY, *settings, f"run.dir={place / 'short'}")
         assert done.status == 0, done.err
         assert "train rows do not fit the context behind instructions; not told any" in done.err
 
     def test_where_none_fits(self, run_here: Run, place: Path):
-        settings = ("algorithm=mapl", f"cache={place / 'cache'}", "algorithm.kinds=[uses]", "token_budget=40")
+        settings = ("algorithm=mapl", f"cache={place / 'cache'}", "token_budget=122")
         done = run_here("train", *TINY, *settings, f"run.dir={place / 'none'}")
         assert done.status == 2
-        assert "algorithm.kinds: none of 80 train rows can be told instructions: " in done.err
+        assert "algorithm.kinds: none of 80 train rows can be told instructions: 80 do not fit the context" in done.err

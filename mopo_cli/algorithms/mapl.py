@@ -20,7 +20,7 @@ satisfy them, is met by writing instructions without a look at labels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -178,6 +178,16 @@ class Accuracies:
     inter: list[float]
 
 
+def _factors(given: Mapping[str, float], key: str) -> dict[str, float]:
+    """Those above 0; UserError where one is no number or below."""
+    for name, value in given.items():
+        if name not in ("intra", "inter"):
+            raise UserError(f"{key}.{name}: no such key; must be intra or inter")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise UserError(f"{key}.{name}={value}: must be a number, 0 or more")
+    return {name: float(value) for name, value in given.items() if value > 0}
+
+
 class Mapl:
     """The settings of algorithm=mapl.
 
@@ -194,46 +204,40 @@ class Mapl:
         tau: float,
         weights: dict[str, float] | None = None,
         smoothing: float = 0.0,
-        intra: float = 1.0,
+        intra: float = 0.01,
         inter: float = 1.0,
         across: str = "margins",
         augmented: float = 0.5,
         instructions: int = 3,
         kinds: Sequence[str] | None = None,
-        preference_model: bool = False,
+        preference_model: dict[str, float] | None = None,
     ):
         self.dpo = Dpo(names, tau, weights=weights, smoothing=smoothing)
-        for key, value in (("intra", intra), ("inter", inter)):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-                raise UserError(f"algorithm.{key}={value}: must be a number, 0 or more")
+        self.factors = _factors({"intra": intra, "inter": inter}, "algorithm")
         if across not in ACROSS:
             raise UserError(f"algorithm.across={across}: must be {' or '.join(ACROSS)}")
         if not 0 <= augmented < 1:
             raise UserError(f"algorithm.augmented={augmented}: must be in [0, 1), a share of each step's rows")
         if type(instructions) is not int or instructions < 1:
             raise UserError(f"algorithm.instructions={instructions}: must be a whole number, 1 or more")
-        if type(preference_model) is not bool:
-            raise UserError(f"algorithm.preference_model={preference_model}: must be true or false")
+        self.judging = _factors(preference_model or {}, "algorithm.preference_model")
         self.kinds = tuple(KINDS) if kinds is None else tuple(kinds)
         unknown = [kind for kind in self.kinds if kind not in KINDS]
         if unknown or not self.kinds:
             found = f"no kind of instruction {unknown[0]}" if unknown else "no kind of instruction"
             raise UserError(f"algorithm.kinds: {found}; must be of {', '.join(KINDS)}, or null for all")
-        self.factors = {name: float(f) for name, f in (("intra", intra), ("inter", inter)) if f > 0 and augmented > 0}
-        self.tau, self.across, self.augmented = tau, across, augmented
-        self.most, self.preference_model = instructions, preference_model
+        self.tau, self.across, self.augmented, self.most = tau, across, augmented, instructions
 
     def align(self, setting: Setting) -> Aligned:
         work = Work()
-        title = "alignment (mapl)"
-        if not self.factors:
-            fit_pairs(setting, self.dpo.loss, self.dpo.weights, work, title=title)
-            return Aligned(finished(work))
-        if self.preference_model:
+        told = bool(self.factors) and self.augmented > 0
+        if self.judging and self.augmented > 0:
             self.judge_with_instructions(setting)
-        fit_pairs(setting, self.dpo.loss, self.dpo.weights, work, title=title, beside=self.beside(setting))
+        beside = self.beside(setting) if told else None
+        fit_pairs(setting, self.dpo.loss, self.dpo.weights, work, title="alignment (mapl)", beside=beside)
         work = finished(work)
-        self.measure(setting)
+        if told:
+            self.measure(setting)
         return Aligned(work)
 
     def telling(self, setting: Setting) -> Telling:
@@ -248,8 +252,11 @@ class Mapl:
             )
         return min(max(round(rows * self.augmented / 2), 1), (rows - 1) // 2)
 
-    def told(self, setting: Setting, split: str, most: int) -> list[Told]:
-        """At most so many rows of a split, drawn by the seed, behind their instructions; says what is left out."""
+    def told(self, setting: Setting, split: str, most: int, kinds: Collection[str]) -> list[Told]:
+        """At most so many rows of a split, drawn by the seed, behind instructions that give these kinds of comparisons.
+
+        Says how many rows do not fit; UserError where none is left.
+        """
         inputs, config, telling = setting.inputs, setting.config, self.telling(setting)
         examples, tokens = inputs.examples[split], inputs.tokens[split]
         numbers = np.random.default_rng([config.seed, 29]).permutation(len(examples))[:most].tolist()
@@ -259,7 +266,7 @@ class Mapl:
         with stage("instructions", len(numbers), brief=True) as progress:
             for done, i in enumerate(numbers, start=1):
                 one = telling.told(inputs.encoder, examples[i], tokens[i], i)
-                if one is None or not any(getattr(one, name) for name in self.factors):
+                if one is None or not any(getattr(one, name) for name in kinds):
                     silent += 1
                 elif not one.fits(inputs.encoder.max_length) or (budget is not None and one.length > budget):
                     overlong += 1
@@ -281,7 +288,7 @@ class Mapl:
         """The told rows of each step, with the reference's log-probs of those that are visited."""
         config, inputs = setting.config, setting.inputs
         count = self.doubles(rows_a_step(setting), "batch_size")
-        told = self.told(setting, "train", config.steps * count)
+        told = self.told(setting, "train", config.steps * count, self.factors)
         taken = step_rows(setting, len(told), count)
         visited = sorted({i for step in range(config.steps) for i in taken(step)})
         rows = [row for i in visited for row in told[i].rows]
@@ -324,14 +331,15 @@ class Mapl:
         steps = limited_steps(config.preference_model, len(inputs.tokens["train"]))
         settings = replace(config.preference_model, steps=steps)
         found: list[tuple[PreferenceModel, dict[str, Accuracies]]] = []
-        about = (asdict(settings), self.factors, self.across, self.augmented, self.most, self.kinds, "both sides")
+        own_settings = self.judging, self.across, self.augmented, self.most, self.kinds
+        about = (asdict(settings), *own_settings, config.model.max_length, config.token_budget)
 
         def key() -> str:
             return cache.policy_key(config, inputs, setting.judge, "mapl-preference-model", about)
 
         def fit() -> None:
             model = build_preference_model(inputs.policy, len(names), settings.form, settings.skew_rank, config.seed)
-            heldout = self.told(setting, "heldout", JUDGED)
+            heldout = self.told(setting, "heldout", JUDGED, ("intra", "inter"))
             before = self.accuracies(setting, setting.judge, heldout)
             held = inputs.examples["heldout"], inputs.tokens["heldout"]
             task = self.preference_task(setting, model, settings)
@@ -364,7 +372,7 @@ class Mapl:
         examples, rows = inputs.examples["train"], inputs.tokens["train"]
         size = settings.batch_size * setting.accelerator.num_processes
         count = self.doubles(size, "preference_model.batch_size")
-        told = self.told(setting, "train", settings.steps * count)
+        told = self.told(setting, "train", settings.steps * count, self.judging)
         plain = labelled_task(
             setting.accelerator,
             model,
@@ -375,7 +383,7 @@ class Mapl:
         margins = model_margins(model, told, inputs.collate)
         labels = plain.weight_of(list(range(len(rows)))) / len(rows) * (size - 2 * count)
         taken = step_rows(setting, len(told), count)
-        beside = ToldTask(told, self.factors, margins, taken, labels / len(inputs.data.names), count)
+        beside = ToldTask(told, self.judging, margins, taken, labels / len(inputs.data.names), count)
         return joined(plain, beside.task, len(rows))
 
     @torch.no_grad()
