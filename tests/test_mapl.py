@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -264,8 +265,14 @@ class TestRuns:
         assert done.status == 0, done.err
         assert "train rows do not fit the context behind instructions; not told any" in done.err
 
-    def test_where_none_fits(self, run_here: Run, place: Path):
-        settings = ("algorithm=mapl", f"cache={place / 'cache'}", "token_budget=122")
-        done = run_here("train", *TINY, *settings, f"run.dir={place / 'none'}")
+    def test_where_nothing_can_be_asked(self, run_here: Run, here: Path):
+        """All responses start alike, so none can be told to start otherwise."""
+        made = [
+            {"prompt": f"Q {i}?", "responses": ["Yes.", "Yes, of course."], "scores": {n: [i % 2, 0.5] for n in NAMES}}
+            for i in range(40)
+        ]
+        (here / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+        data = ("dataset=pairs", "dataset.path=rows.jsonl", "objectives=helpful_harmless")
+        done = run_here("train", *TINY, *data, "algorithm=mapl", "algorithm.kinds=[starts_with]", "run.dir=none")
         assert done.status == 2
-        assert "algorithm.kinds: none of 80 train rows can be told instructions: 80 do not fit the context" in done.err
+        assert "algorithm.kinds: none of 29 train rows can be told instructions: 0 do not fit the context" in done.err

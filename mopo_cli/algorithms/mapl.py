@@ -13,6 +13,11 @@ confirmed. The reading of margins is the default: what a policy defines as r(x, 
 r(x_2, y') where y follows more of its instructions than y' of its own. The loss is the mean over original pairs plus
 `intra` and `inter` times the means over their comparisons.
 
+The intra-sample loss compares absolute log-probs of the data's responses across prompts, so a policy can lower it by
+taking mass from all of them behind x_l, which shows behind plain prompts too: in the embedded world a factor of 1 left
+39 % of the mass on the world's responses where DPO left 82 %. Hence its small default; a preference model, which has no
+mass to lose, has factors of its own.
+
 The parent's finding that one must augment both sides, preferred responses that violate instructions and others that
 satisfy them, is met by writing instructions without a look at labels.
 """
@@ -278,7 +283,7 @@ class Mapl:
         if not found:
             raise UserError(
                 f"algorithm.kinds: none of {len(numbers)} {split} rows can be told instructions: {overlong} do not fit "
-                f"the context behind them (model.max_length, token_budget), and of {silent} no response follows one"
+                f"the context behind them (model.max_length, token_budget), and in {silent} nothing can be compared"
             )
         if overlong:
             warn(f"{overlong} of {len(numbers)} {split} rows do not fit the context behind instructions; not told any")
