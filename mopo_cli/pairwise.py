@@ -14,8 +14,8 @@ from mopo_cli.cache import kept_logps
 from mopo_cli.data.table import TokenRow, row_length, spans
 from mopo_cli.errors import UserError
 from mopo_cli.models.logprobs import sequence_logps
-from mopo_cli.stages import Setting, Work, descend, step_rows
-from mopo_cli.trainer import Task
+from mopo_cli.stages import Setting, Work, descend, rows_a_step, step_rows
+from mopo_cli.trainer import Task, joined
 from mopo_cli.types import Example
 
 
@@ -37,6 +37,15 @@ class WeightedLabels:
 
     label: Tensor
     weight: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What else each step trains on: a task of its own, whose losses join the pairs' in one mean."""
+
+    task: Task
+    places: int  # of a step's rows, that it takes
+    notes: Callable[[], dict[str, Tensor]]
 
 
 def normalised_weights(
@@ -97,9 +106,9 @@ def labelled_rows(setting: Setting, weights: Sequence[float]) -> list[int]:
     return [i for i, example in enumerate(examples) if judged(example, used)]
 
 
-def visited_rows(setting: Setting, rows: Sequence[int], steps: int) -> list[int]:
-    """Those of the labelled rows that `steps` steps go through, in order."""
-    taken = step_rows(setting, len(rows))
+def visited_rows(setting: Setting, rows: Sequence[int], steps: int, batch: int | None = None) -> list[int]:
+    """Those of the labelled rows that `steps` steps go through, in order; `batch` of them a step."""
+    taken = step_rows(setting, len(rows), batch)
     return sorted({rows[n] for step in range(steps) for n in taken(step)})
 
 
@@ -212,20 +221,23 @@ def fit_pairs(
     rewards: Mapping[int, Tensor] | None = None,
     with_reference: bool = True,
     count: Callable[[PairLogps], Tensor] | None = None,
+    beside: Beside | None = None,
     first: int = 0,
 ) -> None:
     """Train setting.inputs.policy on the training pairs that have a label of an objective with weight above 0.
 
     loss: unreduced (P,); an update descends on its sum over the pairs of config.batch_size prompts, divided by their
     number, or by the sum of `count` (P,), which sees everything but the policy. rewards: (G, K) of the responses of
-    each of the `visited_rows`. The policy as it is when this begins is the reference. The run's steps go on from
-    `first`. Raises UserError where an objective with weight has no label.
+    each of the `visited_rows`. Rows of `beside` take the places of some of the prompts. The policy as it is
+    when this begins is the reference. The run's steps go on from `first`. Raises UserError where an objective with
+    weight has no label.
     """
     config, inputs, device = setting.config, setting.inputs, setting.accelerator.device
     examples, tokens = inputs.examples["train"], inputs.tokens["train"]
     steps = config.steps if steps is None else steps
     rows = labelled_rows(setting, weights)
-    taken, visited = step_rows(setting, len(rows)), visited_rows(setting, rows, steps)
+    size = rows_a_step(setting) - (beside.places if beside else 0)
+    taken, visited = step_rows(setting, len(rows), size), visited_rows(setting, rows, steps, size)
     reference = None
     if with_reference:
         policy, own = inputs.policy, [tokens[i] for i in visited]
@@ -250,16 +262,15 @@ def fit_pairs(
         weight_of=weight_of,
         length_of=lambda i: row_length(tokens[i]),
     )
-    descend(
-        setting,
-        task,
-        work,
-        title=title,
-        steps=steps,
-        pairs_of=table.pairs_of,
-        notes=lambda: batch_notes(last[0]),
-        first=first,
-    )
+    whole = joined(task, beside.task, len(tokens)) if beside else task
+
+    def pairs_of(numbers: list[int]) -> int:
+        return int(whole.weight_of(numbers)) if beside else table.pairs_of(numbers)
+
+    def notes() -> dict[str, Tensor]:
+        return (batch_notes(last[0]) if last else {}) | (beside.notes() if beside else {})
+
+    descend(setting, whole, work, title=title, steps=steps, pairs_of=pairs_of, notes=notes, first=first)
 
 
 def batch_notes(pairs: PairLogps) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -13,12 +13,17 @@ from torch import Tensor, nn
 from mopo_cli.config import PreferenceModelConfig, SftConfig
 from mopo_cli.console import Stage
 from mopo_cli.data.tokens import Collator, TokenRow, batch_rows, row_length
-from mopo_cli.models.logprobs import budget_batches, gather_slots, sequence_logps
+from mopo_cli.models.logprobs import budget_batches, sequence_logps
 from mopo_cli.models.preference import PairBatch, PreferenceModel, accuracy, preference_loss
 from mopo_cli.trainer import Progressed, Task, Trainer
 from mopo_cli.types import Example
 
 JUDGED = 1000  # held-out rows that decide when a preference model is at its best
+
+
+def limited_steps(settings: SftConfig | PreferenceModelConfig, rows: int) -> int:
+    """The stage's steps, but no more than its epochs over this many rows."""
+    return max(1, min(settings.steps, math.ceil(settings.max_epochs * rows / settings.batch_size)))
 
 
 def fit_reference(
@@ -99,32 +104,50 @@ def fit_preference_model(
     seed: int,
     stage: Stage,
 ) -> list[float]:
-    """Train on the labelled pairs, keep the weights with the best cross-entropy on (at most 1 000) held-out rows.
-
-    Returns the held-out accuracy of each objective, over labels that are not ties.
-    """
-    trainer = Trainer(accelerator, model, config.optimiser, config.steps, budget=collate.budget)
-    examples, rows = train
-    glance = heldout[0][:JUDGED], heldout[1][:JUDGED]
+    """`train_preference_model` on the labelled pairs."""
+    rows = train[1]
     size = config.batch_size * accelerator.num_processes
-    best: tuple[float, dict[str, Tensor]] = (math.inf, {})
+    task = labelled_task(accelerator, model, train, collate, lambda step: batch_rows(len(rows), size, seed, step))
+    return train_preference_model(accelerator, model, task, heldout, collate, config, stage)
+
+
+def labelled_task(
+    accelerator: Accelerator,
+    model: PreferenceModel,
+    train: tuple[Sequence[Example], Sequence[TokenRow]],
+    collate: Collator,
+    rows_of: Callable[[int], list[int]],
+) -> Task:
+    """The cross-entropy of each label, a mean over all that are known."""
+    examples, rows = train
 
     def loss_of(numbers: list[int]) -> Tensor:
         batch = pair_batch([examples[i] for i in numbers], [rows[i] for i in numbers], collate, accelerator.device)
-        features = gather_slots(trainer.model(batch.tokens), batch.tokens.slot)
-        row, a, b = batch.index.unbind(-1)
-        losses, _ = preference_loss(model.logits(features[row, a], features[row, b]), batch.labels)
+        losses, _ = preference_loss(model.pair_logits(batch), batch.labels)
         return losses.sum()
 
     def known(numbers: list[int]) -> int:
         return max(1, sum(not math.isnan(label) for i in numbers for row in examples[i].labels for label in row))
 
-    task = Task(
-        rows_of=lambda step: batch_rows(len(rows), size, seed, step),
-        loss_of=loss_of,
-        weight_of=known,
-        length_of=lambda i: row_length(rows[i]),
-    )
+    return Task(rows_of=rows_of, loss_of=loss_of, weight_of=known, length_of=lambda i: row_length(rows[i]))
+
+
+def train_preference_model(
+    accelerator: Accelerator,
+    model: PreferenceModel,
+    task: Task,
+    heldout: tuple[Sequence[Example], Sequence[TokenRow]],
+    collate: Collator,
+    config: PreferenceModelConfig,
+    stage: Stage,
+) -> list[float]:
+    """Train on a task, keep the weights with the best cross-entropy on (at most 1 000) held-out rows.
+
+    Returns the held-out accuracy of each objective, over labels that are not ties.
+    """
+    trainer = Trainer(accelerator, model, config.optimiser, config.steps, budget=collate.budget)
+    glance = heldout[0][:JUDGED], heldout[1][:JUDGED]
+    best: tuple[float, dict[str, Tensor]] = (math.inf, {})
 
     def after_step(progressed: Progressed) -> None:
         nonlocal best

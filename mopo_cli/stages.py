@@ -350,11 +350,16 @@ def kept_policy(
     return found
 
 
-def step_rows(setting: Setting, size: int) -> Callable[[int], list[int]]:
-    """Which of `size` rows each step trains on: config.batch_size of them a process and accumulation, by the seed."""
+def rows_a_step(setting: Setting) -> int:
+    """config.batch_size rows a process and accumulation."""
     config = setting.config
-    batch = config.batch_size * config.gradient_accumulation * setting.accelerator.num_processes
-    return lambda step: batch_rows(size, batch, config.seed, step)
+    return config.batch_size * config.gradient_accumulation * setting.accelerator.num_processes
+
+
+def step_rows(setting: Setting, size: int, batch: int | None = None) -> Callable[[int], list[int]]:
+    """Which of `size` rows each step trains on, by the seed: `batch` of them, or as many as a step has."""
+    batch = rows_a_step(setting) if batch is None else batch
+    return lambda step: batch_rows(size, batch, setting.config.seed, step)
 
 
 def finished(work: Work) -> Work:

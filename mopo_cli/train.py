@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import replace
 from functools import partial
@@ -14,7 +13,7 @@ from omegaconf import DictConfig
 
 from mopo_cli import cache
 from mopo_cli import config as configs
-from mopo_cli.config import PreferenceModelConfig, SftConfig, TrainConfig
+from mopo_cli.config import TrainConfig
 from mopo_cli.console import say, stage
 from mopo_cli.errors import UserError
 from mopo_cli.evaluation import Models
@@ -27,7 +26,7 @@ from mopo_cli.models.preference import (
 )
 from mopo_cli.models.reference import snapshot
 from mopo_cli.models.save import load_weights, save_model
-from mopo_cli.pretrain import fit_preference_model, fit_reference
+from mopo_cli.pretrain import fit_preference_model, fit_reference, limited_steps
 from mopo_cli.processes import build_accelerator, part_ways
 from mopo_cli.results import Outcome, finish
 from mopo_cli.runs import RunDirectory
@@ -100,11 +99,6 @@ def fit_or_load_reference(
         say(f"reference (SFT): from {path}")
 
     cache.fitted(accelerator, config.cache, partial(cache.reference_key, config, inputs), own, fit, save, load)
-
-
-def limited_steps(settings: SftConfig | PreferenceModelConfig, rows: int) -> int:
-    """The stage's steps, but no more than its epochs over this many rows."""
-    return max(1, min(settings.steps, math.ceil(settings.max_epochs * rows / settings.batch_size)))
 
 
 def fit_or_load_judge(

@@ -63,6 +63,33 @@ class Task:
     length_of: Callable[[int], int] | None = None  # tokens of a row
 
 
+def joined(first: Task, second: Task, size: int) -> Task:
+    """Steps on the rows of both tasks, in one mean; `first` has `size` rows, and the second's are numbered from there.
+
+    `second` must have a length_of where `first` has one.
+    """
+
+    def apart(rows: Rows) -> tuple[Rows, Rows]:
+        return [i for i in rows if i < size], [i - size for i in rows if i >= size]
+
+    def loss_of(rows: Rows) -> Tensor:
+        parts = [task.loss_of(own) for task, own in zip((first, second), apart(rows), strict=True) if own]
+        return torch.stack(parts).sum()
+
+    def weight_of(rows: Rows) -> float:
+        return sum(task.weight_of(own) for task, own in zip((first, second), apart(rows), strict=True) if own)
+
+    def length_of(row: int) -> int:
+        return first.length_of(row) if row < size else second.length_of(row - size)  # type: ignore[misc]
+
+    return Task(
+        rows_of=lambda step: [*first.rows_of(step), *(size + i for i in second.rows_of(step))],
+        loss_of=loss_of,
+        weight_of=weight_of,
+        length_of=length_of if first.length_of else None,
+    )
+
+
 class Trainer:
     """A model with its optimiser under Accelerate, stepping through the rows of a task.
 

@@ -114,7 +114,7 @@ class TestMemory:
         limit, whole = 300, Alignment.loss
 
         def loss(self: Alignment, numbers: list[int]) -> Tensor:
-            if sum(map(self.length_of, numbers)) > limit and self.steps_done >= 10:
+            if sum(map(self.length_of, numbers)) > limit and self.work.steps >= 10:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return whole(self, numbers)
 

@@ -115,7 +115,7 @@ class Encoder:
         if self.condition:
             prompt = _told(prompt, self.condition)
         if isinstance(prompt, str) and self.chat_template != "always":
-            glued = prompt[-1:].strip() and _content(response)[:1].strip()
+            glued = prompt[-1:].strip() and content(response)[:1].strip()
             return prompt + ("\n" if glued else "")
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if getattr(self.tokenizer, "chat_template", None):
@@ -148,7 +148,7 @@ class Encoder:
         return list(ids) or [eos if bos is None else bos]  # type: ignore[return-value]
 
     def response_ids(self, response: Text) -> list[int]:
-        return [*self._ids(_content(response), False), self.tokenizer.eos_token_id]  # type: ignore[list-item,return-value]
+        return [*self._ids(content(response), False), self.tokenizer.eos_token_id]  # type: ignore[list-item,return-value]
 
     def _encode(self, text: str, special: bool) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=special)["input_ids"])  # type: ignore[arg-type]
@@ -199,7 +199,7 @@ class Encoder:
         except UserError as error:
             raise UserError(f"{example.source}: {error}") from error
         kind = "templated" if self._templated(example.prompt) else "prompt"
-        return [(kind, text), *(("response", _content(response)) for response in example.responses)]
+        return [(kind, text), *(("response", content(response)) for response in example.responses)]
 
     def _encode_pieces(self, pieces: Sequence[tuple[str, str]]) -> dict[tuple[str, str], list[int]]:
         found: dict[tuple[str, str], list[int]] = {}
@@ -260,7 +260,7 @@ def _told(prompt: Text, condition: str) -> Text:
     return [{"role": "system", "content": condition}, *prompt]
 
 
-def _content(response: Text) -> str:
+def content(response: Text) -> str:
     return response if isinstance(response, str) else response[-1]["content"]
 
 
