@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mopo_cli.config import LoggerConfig
+from mopo_cli.config import LoggerConfig, option_name
 from mopo_cli.errors import UserError
-from mopo_cli.runs import RunDirectory, flat, locked, read_json, read_lines, shown, write_atomic, write_json
+from mopo_cli.grid import written
+from mopo_cli.runs import RunDirectory, locked, read_json, read_lines, write_atomic, write_json
 from mopo_cli.worker import ENDED
 
 if TYPE_CHECKING:
@@ -79,9 +80,20 @@ def with_every_key(records: Sequence[Record], directory: Path) -> list[Record]:
 
 def _overrides(record: Record, keys: Sequence[str], directory: Path) -> dict[str, str]:
     run = RunDirectory(directory / "runs" / record.id)
-    settings = dict(flat(run.settings())) if run.config.exists() else {}
-    found = {key: shown(settings, key) for key in keys if key in settings}
-    return {key: record.overrides.get(key, found.get(key, "")) for key in keys}
+    settings = run.settings() if run.config.exists() else {}
+    return {key: record.overrides[key] if key in record.overrides else _setting(settings, key) for key in keys}
+
+
+def _setting(settings: dict[str, Any], key: str) -> str:
+    """A key of a config as text: of a group its option, of a mapping what it holds; empty where there is no such key."""
+    node: Any = settings
+    for part in key.split("."):
+        if not isinstance(node, dict) or part not in node:
+            return ""
+        node = node[part]
+    if isinstance(node, dict) and "_target_" in node:
+        return option_name(node)
+    return str(node["name"]) if isinstance(node, dict) and "name" in node else written(node)
 
 
 def numbers(summary: dict[str, Any]) -> dict[str, Any]:
