@@ -85,7 +85,7 @@ def _overrides(record: Record, keys: Sequence[str], directory: Path) -> dict[str
 
 
 def _setting(settings: dict[str, Any], key: str) -> str:
-    """A key of a config as text: of a group its option, of a mapping what it holds; empty where there is no such key."""
+    """A key of a config as text: of a group its option, of a mapping what it holds; empty where there is none."""
     node: Any = settings
     for part in key.split("."):
         if not isinstance(node, dict) or part not in node:
