@@ -29,8 +29,9 @@ def model_card(
     lines = ["---", yaml.safe_dump(_metadata(model, adapter), sort_keys=False).strip(), "---", ""]
     lines += [f"# {_text(settings['run']['name'])}", ""]
     lines += [
-        f"Aligned from `{_code(base)}` with mopo {summary['versions']['mopo']} (tau {settings['tau']:g}, "
-        f"{summary['train']['steps']} steps, seed {summary['seed']}): {_aim(summary['objectives'])}.",
+        f"Aligned from `{_code(base)}` with mopo {summary['versions']['mopo']} ({_method(settings, summary)}tau "
+        f"{settings['tau']:g}, {summary['train']['steps']} steps, seed {summary['seed']}): "
+        f"{_aim(settings, summary['objectives'])}.",
         "",
         *_objectives(measured),
         *_beside(measured),
@@ -55,7 +56,18 @@ def _metadata(model: Mapping[str, Any], adapter: bool) -> dict[str, Any]:
     return {**tags, **({"base_model": str(base)} if known else {}), "tags": ["mopo", "preference-optimization"]}
 
 
-def _aim(objectives: Mapping[str, Any]) -> str:
+def _method(settings: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    """The method's name, with a comma; nothing of a run of old that does not tell."""
+    name = summary.get("algorithm") or (settings.get("algorithm") or {}).get("name")
+    return f"{_text(name)}, " if name else ""
+
+
+def _aim(settings: Mapping[str, Any], objectives: Mapping[str, Any]) -> str:
+    """What was asked of the model: weights or a direction over objectives, else a primary under thresholds."""
+    algorithm = settings.get("algorithm") or {}
+    for key, word in (("weights", "weighed"), ("direction", "in the direction")):
+        if algorithm.get(key):
+            return f"objectives {word} {', '.join(f'{_text(k)} {v:g}' for k, v in algorithm[key].items())}"
     primary = next((_text(name) for name, o in objectives.items() if o["role"] == "primary"), "its objective")
     kept = [
         f"{_text(name)} at least {o['threshold']:.3f}" for name, o in objectives.items() if o["threshold"] is not None
