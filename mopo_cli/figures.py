@@ -363,7 +363,8 @@ def draw_sweep(runs: Sequence[Swept], directory: Path) -> list[Path]:
         drawn = [_pareto(runs, directory / "pareto.png")]
         if any(row.get(f"win_rate/{name}") is not None for run in runs for row in run.history for name in run.win_rate):
             drawn.append(_trajectories(runs, directory / "trajectories.png"))
-        if len(_values(runs)) == 2:
+        values = _values(runs)
+        if len(values) == 2 and all(run.varying.get(key) for run in runs for key in values):
             drawn.append(_stability(runs, directory / "stability.png"))
     return drawn
 

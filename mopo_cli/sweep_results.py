@@ -44,6 +44,11 @@ class Record:
         return self.numbers.get(f"win_rate/{name}") if exact is None else exact
 
     @property
+    def asked(self) -> bool:
+        """Whether a threshold was asked of the run."""
+        return any(v is not None for k, v in self.numbers.items() if k.startswith("threshold/"))
+
+    @property
     def satisfied(self) -> bool:
         """Whether every threshold is kept."""
         return not any(v is False for k, v in self.numbers.items() if k.startswith("satisfied/"))
@@ -124,6 +129,8 @@ def best(records: Sequence[Record]) -> tuple[Record | None, str | None]:
         return None, "no run has ended"
     if len({record.primary for record in ended}) > 1:
         return None, "the runs maximise different objectives"
+    if len({record.asked for record in ended}) > 1:
+        return None, "some runs were asked for thresholds and others for none, which one number cannot compare"
     kept = [record for record in ended if record.state == "done" and record.satisfied]
     if not kept:
         return None, f"none of the {len(ended)} runs that ended keeps every threshold"
