@@ -259,7 +259,9 @@ def draw(policies: Sequence[Policy], world: World, path: Path, title: str) -> li
         for axis in axes[:, 0]:
             axis.set_ylabel(f"win rate, {world.names[0]}")
         _limits(axes[0][0], policies, world)
-        figure.suptitle(title, fontsize=12, x=0.01, ha="left")
+        share = "the exact front's" if world.front is not None else "that of all methods together"
+        text = f"{title}: policies of each method, mean and range over seeds; hypervolume in % of {share}"
+        figure.suptitle(text, fontsize=11, x=0.01, ha="left")
         figure.legend(handles=_handles(policies, world), loc="outside lower left", ncols=5, fontsize=9)
         path.parent.mkdir(parents=True, exist_ok=True)
         written = [path.with_suffix(kind) for kind in (".png", ".svg")]

@@ -166,7 +166,10 @@ def group_of(runs: Sequence[ReportedRun], settings: Mapping[str, list[str]]) -> 
 def _label(run: ReportedRun, settings: Mapping[str, list[str]]) -> str:
     if METHOD in settings:  # what other methods are told is not its own
         told = [key for key in settings if key != METHOD and value_of(run, key) not in ("", "null")]
-        own = [value_of(run, METHOD), *(f"{key.rpartition('.')[2]} {value_of(run, key).strip('{}')}" for key in told)]
+        own = [
+            value_of(run, METHOD),
+            *(f"{key.rpartition('.')[2]} {value_of(run, key).strip('{}').replace(':', ' ')}" for key in told),
+        ]
         return ", ".join(own) if len(own) <= 4 else run.id
     if not 0 < len(settings) <= 3:
         return run.id
