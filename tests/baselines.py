@@ -148,7 +148,11 @@ def row_of(
     promised = [p for p in own if p.threshold is not None]
     kept = sum(p.point[1] >= p.threshold - SLACK for p in promised if p.threshold is not None)
     best = {(seed, b): primary_at(own, seed, b) for seed, b in asked if seed in seeds}
-    missing = [optimum - best[key] for key, optimum in asked.items() if optimum is not None and best.get(key)]
+    missing = [
+        optimum - reached
+        for key, optimum in asked.items()
+        if optimum is not None and (reached := best.get(key)) is not None
+    ]
     kls = [np.mean([p.kl for p in own if p.asked == setting]) for setting in dict.fromkeys(p.asked for p in own)]
     cost = [[sum(getattr(p, what) for p in own if p.seed == seed) for seed in seeds]
             for what in ("steps", "samples", "seconds")]  # fmt: skip
