@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from mopo_cli import pareto
+from mopo_cli.config import in_grammar
 from mopo_cli.report import read_sweep
 from mopo_cli.reporting.runs import ReportedRun
 
@@ -79,7 +80,9 @@ def sweep(directory: Path, overrides: Sequence[str]) -> None:
     command = [sys.executable, "-m", "mopo_cli", "sweep", *overrides, "launcher=parallel", "launcher.threads=1",
                "logger=none", f"sweep.dir={directory}"]  # fmt: skip
     print("$ mopo", " ".join(command[3:]), flush=True)
-    subprocess.run(command, check=True)
+    done = subprocess.run(command)
+    if done.returncode:
+        raise SystemExit(done.returncode)  # it has said why, and how to go on
 
 
 def policies_of(directory: Path) -> tuple[list[Policy], World]:
@@ -347,7 +350,7 @@ def main(arguments: Sequence[str]) -> int:
     asked, overrides = parser.parse_known_args(arguments)
     presets = {"baselines": ("The embedded world", [])}
     if asked.qa:
-        presets["baselines_qa"] = ("qa_feedback", [f"dataset.path={asked.qa}"])
+        presets["baselines_qa"] = ("qa_feedback", [f"dataset.path={in_grammar(asked.qa)}"])
     for name, (title, own) in presets.items():
         directory = asked.root / name
         sweep(directory, [f"experiment={name}", *own, *overrides])
