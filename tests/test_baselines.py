@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from browser import chromium, tab
 from run_directories import FRONT, write_methods, write_run, write_sweep
+from running import TINY, Finished
 
 from mopo_cli import report
 from mopo_cli.evaluation import Evaluation, Exact, ObjectiveResult, show_results
@@ -255,3 +258,32 @@ class TestWithoutThresholds:
         settings = {"model": {"name": "tiny"}, "run": {"name": "r"}, "tau": 0.08, "algorithm": algorithm}
         summary = dict(run.summary) | {"algorithm": algorithm["name"]}
         assert aim.replace("OF", "200 steps, seed 0") in model_card(settings, summary, {})
+
+
+@pytest.mark.slow
+def test_a_sweep_over_methods_to_its_table_and_figure(run_here: Callable[..., Finished], here: Path):
+    """Each method for a moment: its runs, results.csv, sweep page, table and figure."""
+    short = ("steps=4", "checkpoint_every=2", "sft.steps=2", "preference_model.steps=2", "dataset.max_rows=120",
+             "preference_model.evaluate_every=1", "onpolicy.every=2", "onpolicy.prompts=8", "onpolicy.train_prompts=8",
+             "evaluation.prompts=8", "evaluation.exact_prompts=4")  # fmt: skip
+    asked = ("experiment=baselines", "seed=0", "algorithm.weights={helpful:0.5,harmless:0.5}",
+             "objectives.harmless.threshold=0.45", "algorithm=sft,dpo,mopo", "sweep.dir=s")  # fmt: skip
+    done = run_here("sweep", *TINY, *short, *asked)
+    assert done.status == 0, done.err
+    with open(here / "s" / "results.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["algorithm"] for line in lines] == ["sft", "dpo", "mopo"]
+    weights = "algorithm.weights=helpful=0.5+harmless=0.5"
+    ids = [f"algorithm=sft,{weights}", f"algorithm=dpo,{weights}", "algorithm=mopo,objectives.harmless.threshold=0.45"]
+    assert [line["id"] for line in lines] == ids
+    command = read_run(here / "s" / "runs" / ids[1]).summary["command"]
+    assert command.startswith("mopo sweep hparams=smoke")
+    found = report.read_sweep(here / "s")
+    assert [run.method for run in found] == ["sft", "dpo", "mopo"]
+    assert (here / "s" / "report.html").exists()
+    assert (here / "s" / "runs" / ids[0] / "figures" / "training.png").exists()
+    policies, world = baselines.policies_of(here / "s")
+    assert [row.steps for row in baselines.rows_of(policies, world)] == [4, 4, 4]
+    assert len(baselines.draw(policies, world, here / "x.png", "title")) == 2
+    again = run_here("sweep", *TINY, *short, *asked, "sweep.dry_run=true")
+    assert again.out.count("stays") == 3
