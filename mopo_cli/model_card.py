@@ -76,18 +76,23 @@ def _aim(settings: Mapping[str, Any], objectives: Mapping[str, Any]) -> str:
 
 
 def _objectives(measured: Mapping[str, Any]) -> list[str]:
-    lines = [
-        "| objective | role | threshold | win rate | 95 % CI | kept | judged by |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    """The table of win rates; without columns about thresholds where none was asked."""
+    asked = any(o["threshold"] is not None for o in measured["objectives"].values())
+    heads = ["objective", "role", *(["threshold"] if asked else []), "win rate", "95 % CI"]
+    heads += [*(["kept"] if asked else []), "judged by"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, o in measured["objectives"].items():
         low, high = o["win_rate_ci95"]
-        asked = "" if o["threshold"] is None else f"{o['threshold']:.3f}"
-        kept = VERDICTS.get(o.get("satisfied_with_confidence") or "", "")
-        lines.append(
-            f"| {_text(name)} | {o['role']} | {asked} | {o['win_rate']:.3f} | {low:.3f} to {high:.3f} | {kept} "
-            f"| {_text(o['judge'])} |"
-        )
+        cells = {
+            "objective": _text(name),
+            "role": o["role"],
+            "threshold": "" if o["threshold"] is None else f"{o['threshold']:.3f}",
+            "win rate": f"{o['win_rate']:.3f}",
+            "95 % CI": f"{low:.3f} to {high:.3f}",
+            "kept": VERDICTS.get(o.get("satisfied_with_confidence") or "", ""),
+            "judged by": _text(o["judge"]),
+        }
+        lines.append(f"| {' | '.join(cells[head] for head in heads)} |")
     return lines
 
 

@@ -257,7 +257,9 @@ class TestWithoutThresholds:
         run = read_run(write_run(tmp_path / "r", {"a": 0.6, "b": 0.5}, algorithm="dpo"))
         settings = {"model": {"name": "tiny"}, "run": {"name": "r"}, "tau": 0.08, "algorithm": algorithm}
         summary = dict(run.summary) | {"algorithm": algorithm["name"]}
-        assert aim.replace("OF", "200 steps, seed 0") in model_card(settings, summary, {})
+        card = model_card(settings, summary, {})
+        assert aim.replace("OF", "200 steps, seed 0") in card
+        assert "| objective | role | win rate | 95 % CI | judged by |" in card
 
 
 @pytest.mark.slow
