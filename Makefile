@@ -44,6 +44,9 @@ bench-commands: $(INSTALLED) ## time and memory of the main commands, against th
 quality: $(INSTALLED) ## the table of docs/results.md: exact win rates over thresholds and seeds (about half an hour)
 	$(BIN)/python tests/quality.py $(ARGS)
 
+baselines: $(INSTALLED) ## every method's front beside MOPO's, table and figure (QA=dev_feedback.json: on qa_feedback too; 40 minutes)
+	$(BIN)/python tests/baselines.py $(if $(QA),--qa "$(QA)") $(ARGS)
+
 wheel: $(INSTALLED) ## build the wheel into dist/
 	$(BIN)/python -m build --wheel --outdir dist .
 
@@ -57,4 +60,4 @@ lock: $(INSTALLED) ## renew constraints.txt from pyproject.toml
 clean: ## remove .venv and build leftovers; outputs/ stays
 	rm -rf $(VENV) dist build *.egg-info .pytest_cache .ruff_cache
 
-.PHONY: help install train test test-quick lint bench bench-small bench-commands quality wheel lock clean
+.PHONY: help install train test test-quick lint bench bench-small bench-commands quality baselines wheel lock clean

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -337,7 +337,7 @@ class SweepConfig:
     retry: str = "failed"  # or "none": what failed stays; or "all": every point again, from its beginning
     zip: list[str] = field(default_factory=list)  # keys whose values go together instead of being multiplied
     dry_run: bool = False
-    grid: dict[str, Any] = field(default_factory=dict)  # of an experiment: key -> values
+    grid: Any = None  # of an experiment: key -> values, or a list of such mappings
 
 
 def config_dir() -> Path:
@@ -618,8 +618,13 @@ def check_objectives(objectives: dict[str, ObjectiveConfig]) -> None:
 
 
 def algorithm_name(config: TrainConfig) -> str:
-    """What reports call the method: algorithm.name, else what _target_ names."""
-    return str(config.algorithm.get("name") or config.algorithm["_target_"].rpartition(".")[2].lower())
+    """What reports call the method."""
+    return option_name(config.algorithm)
+
+
+def option_name(group: Mapping[str, Any]) -> str:
+    """The option that a group's config is: its name, else what _target_ names, as configs of old have none."""
+    return str(group.get("name") or str(group.get("_target_") or "").rpartition(".")[2].lower())
 
 
 def to_yaml(config: Any) -> str:

@@ -315,24 +315,32 @@ def kept(result: ObjectiveResult) -> str:
 
 
 def show_results(evaluation: Evaluation, exact: Exact | None, run: RunDirectory) -> None:
-    """The final table and where everything is."""
+    """The final table and where everything is. A run of which no threshold was asked has no columns about them."""
+    asked = len(evaluation.objectives) == 1 or any(r.threshold is not None for r in evaluation.objectives.values())
+    columns = ["objective", "role", *(["threshold"] if asked else []), "win rate", *(["satisfied"] if asked else [])]
+    columns += ["exact", *(["optimum"] if asked else [])] if exact else []
     table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for column in ("objective", "role", "threshold", "win rate", "satisfied"):
+    for column in columns:
         table.add_column(column, justify="left" if column in ("objective", "role") else "right", no_wrap=True)
-    if exact:
-        for column in ("exact", "optimum"):
-            table.add_column(column, justify="right", no_wrap=True)
     for name, r in evaluation.objectives.items():
         half = (r.win_rate_ci95[1] - r.win_rate_ci95[0]) / 2
-        asked = "" if r.threshold is None else f"{r.threshold:.3f}"
-        row = [name, r.role, asked, f"{r.win_rate:.3f} ± {half:.3f}", kept(r)]
-        table.add_row(*row, *([f"{exact.win_rate[name]:.3f}", f"{exact.optimum[name]:.3f}"] if exact else []))
+        cells = {
+            "objective": name,
+            "role": r.role,
+            "threshold": "" if r.threshold is None else f"{r.threshold:.3f}",
+            "win rate": f"{r.win_rate:.3f} ± {half:.3f}",
+            "satisfied": kept(r),
+            "exact": f"{exact.win_rate[name]:.3f}" if exact else "",
+            "optimum": f"{exact.optimum[name]:.3f}" if exact else "",
+        }
+        table.add_row(*(cells[column] for column in columns))
     say("")
     show(table)
     if any(r.satisfied_with_confidence == "undecided" for r in evaluation.objectives.values()):
         say("?: the 95 % interval holds the threshold; more evaluation.prompts decide it")
     kl = f"KL to the reference {evaluation.kl:.3f} nats"
-    say(kl + (f" (exact {exact.kl:.3f}, optimum {exact.optimum_kl:.3f})\n" if exact else "\n"))
+    best = f", optimum {exact.optimum_kl:.3f}" if exact and asked else ""
+    say(kl + (f" (exact {exact.kl:.3f}{best})\n" if exact else "\n"))
     say(f"run directory  {run.path}")
     say(f"summary        {run.summary}")
     say(f"model          {run.model}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +46,7 @@ class Swept:
 
     @property
     def label(self) -> str:
-        return ", ".join(f"{key} {value}" for key, value in self.varying.items()) or "the run"
+        return ", ".join(f"{key} {value}" for key, value in self.varying.items() if value) or "the run"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,20 +78,67 @@ def _series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float]
 
 
 def _training(history: Sequence[Mapping[str, Any]], points: Sequence[Point], path: Path) -> Path:
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-    _estimates(axes[0], history, points)
-    for colour, point in zip(COLOURS[1:], points[1:], strict=False):
-        axes[1].plot(*_series(history, f"dual/{point.name}"), color=colour, label=point.name, drawstyle="steps-post")
-    highest = max((v for p in points[1:] for v in _series(history, f"dual/{p.name}")[1]), default=0.0)
-    axes[1].set(title="multipliers λ", xlabel="step", ylim=(0, 1.15 * highest or 1.0))
-    if len(points) > 1:
-        axes[1].legend()
-    axes[2].plot(*_series(history, "kl"), color=COLOURS[6])
-    axes[2].set(title="KL to the reference, nats", xlabel="step")
-    axes[2].set_ylim(bottom=0)
+    """What the run has logged: estimates, multipliers and KL of a method that follows them, else its loss and pairs."""
+    logged = {key for row in history for key, value in row.items() if value is not None}
+    followed = any(key.startswith("win_rate/") for key in logged)
+    panels: list[Callable[[Axes], None]] = [lambda axis: _estimates(axis, history, points)] if followed else []
+    if any(key.startswith("dual/") for key in logged):
+        panels.append(lambda axis: _multipliers(axis, history, points))
+    if "kl" in logged:
+        panels.append(lambda axis: _kl(axis, history))
+    if "loss" in logged and not followed:
+        panels.append(lambda axis: _line(axis, history, {"loss": ""}, "loss"))
+    names = {"preferred_logp": "preferred", "other_logp": "other"}
+    if names.keys() <= logged:
+        panels.append(lambda axis: _line(axis, history, names, "log-prob of a response, nats"))
+    if "accuracy" in logged:
+        title = "pairs in the labels' order, share"
+        panels.append(lambda axis: _line(axis, history, {"accuracy": ""}, title, least=0.0, most=1.0))
+    figure, axes = plt.subplots(
+        1, max(1, len(panels)), figsize=(4 * max(1, len(panels)), 3.4), squeeze=False, layout="constrained"
+    )
+    for axis, draw in zip(axes[0], panels, strict=False):
+        draw(axis)
+    if not panels:
+        axes[0][0].set_title("no step was logged")
     figure.savefig(path)
     plt.close(figure)
     return path
+
+
+def _multipliers(axis: Axes, history: Sequence[Mapping[str, Any]], points: Sequence[Point]) -> None:
+    for colour, point in zip(COLOURS[1:], points[1:], strict=False):
+        axis.plot(*_series(history, f"dual/{point.name}"), color=colour, label=point.name, drawstyle="steps-post")
+    highest = max((v for p in points[1:] for v in _series(history, f"dual/{p.name}")[1]), default=0.0)
+    axis.set(title="multipliers λ", xlabel="step", ylim=(0, 1.15 * highest or 1.0))
+    axis.legend()
+
+
+def _kl(axis: Axes, history: Sequence[Mapping[str, Any]]) -> None:
+    axis.plot(*_series(history, "kl"), color=COLOURS[6])
+    axis.set(title="KL to the reference, nats", xlabel="step")
+    axis.set_ylim(bottom=0)
+
+
+def _line(
+    axis: Axes, history: Sequence[Mapping[str, Any]], keys: Mapping[str, str], title: str,
+    least: float | None = None, most: float | None = None,
+) -> None:  # fmt: skip
+    """Numbers of single batches over the steps, faint, with their running mean; a legend where there are several."""
+    for colour, (key, label) in zip((COLOURS[0], COLOURS[1]), keys.items(), strict=False):
+        steps, values = _series(history, key)
+        axis.plot(steps, values, color=colour, linewidth=0.8, alpha=0.35)
+        axis.plot(steps, _running_mean(values), color=colour, linewidth=1.6, label=label)
+    axis.set(title=title, xlabel="step")
+    axis.set_ylim(bottom=least, top=most)
+    if len(keys) > 1:
+        axis.legend()
+
+
+def _running_mean(values: Sequence[float]) -> np.ndarray:
+    """Over a tenth of the lines or so, narrower at both ends."""
+    half = len(values) // 20
+    return np.array([np.mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
 
 
 def _estimates(axis: Axes, history: Sequence[Mapping[str, Any]], points: Sequence[Point]) -> None:
@@ -304,15 +351,20 @@ def _pair(axis: Axes, front: PairFront, plan: Plan) -> None:
 
 # --------------------------------------------------------------------------------------------- mopo sweep
 
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h", "p")
+METHOD = "algorithm"  # the setting that names the method
+NAMED = 16  # runs that a legend still names each
 
 
 def draw_sweep(runs: Sequence[Swept], directory: Path) -> list[Path]:
-    """pareto.png, trajectories.png and, where two settings vary, stability.png; returns their paths."""
+    """pareto.png; trajectories.png where runs estimate; stability.png where two settings vary. Returns their paths."""
     directory.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE):  # type: ignore[arg-type]
-        drawn = [_pareto(runs, directory / "pareto.png"), _trajectories(runs, directory / "trajectories.png")]
-        if len(_values(runs)) == 2:
+        drawn = [_pareto(runs, directory / "pareto.png")]
+        if any(row.get(f"win_rate/{name}") is not None for run in runs for row in run.history for name in run.win_rate):
+            drawn.append(_trajectories(runs, directory / "trajectories.png"))
+        values = _values(runs)
+        if len(values) == 2 and all(run.varying.get(key) for run in runs for key in values):
             drawn.append(_stability(runs, directory / "stability.png"))
     return drawn
 
@@ -320,7 +372,7 @@ def draw_sweep(runs: Sequence[Swept], directory: Path) -> list[Path]:
 def _values(runs: Sequence[Swept]) -> dict[str, list[str]]:
     """The values that each setting takes, sorted as numbers where they are numbers."""
     keys = dict.fromkeys(key for run in runs for key in run.varying)
-    return {key: sorted({run.varying[key] for run in runs if key in run.varying}, key=_order) for key in keys}
+    return {key: sorted({run.varying[key] for run in runs if run.varying.get(key)}, key=_order) for key in keys}
 
 
 def _order(text: str) -> tuple[float, str]:
@@ -331,19 +383,31 @@ def _order(text: str) -> tuple[float, str]:
 
 
 def _style(run: Swept, values: Mapping[str, list[str]]) -> dict[str, Any]:
-    """Colour by the first setting that varies, marker by the second."""
-    found = [options.index(run.varying[key]) for key, options in values.items() if key in run.varying] + [0, 0]
-    return {"color": COLOURS[found[0] % len(COLOURS)], "marker": MARKERS[found[1] % len(MARKERS)]}
+    """Colour and marker by the method where it varies; else colour by the first setting that does, marker by the next.
+
+    Ten methods need both: eight colours can be told apart by all.
+    """
+    found = [options.index(run.varying[key]) if run.varying.get(key) else 0 for key, options in values.items()] + [0, 0]
+    first, second = (_method(run, values), _method(run, values)) if METHOD in values else found[:2]
+    return {"color": COLOURS[first % len(COLOURS)], "marker": MARKERS[second % len(MARKERS)]}
+
+
+def _method(run: Swept, values: Mapping[str, list[str]]) -> int:
+    return values[METHOD].index(run.varying[METHOD]) if run.varying.get(METHOD) else len(values[METHOD])
 
 
 def _style_key(axis: Axes, values: Mapping[str, list[str]], optimum: bool) -> None:
     from matplotlib.lines import Line2D
 
     handles = []
-    for position, (key, options) in enumerate(list(values.items())[:2]):
+    shown = [(METHOD, values[METHOD])] if METHOD in values else list(values.items())[:2]
+    for position, (key, options) in enumerate(shown):
         for i, option in enumerate(options):
             colour, marker = (COLOURS[i % len(COLOURS)], "o") if position == 0 else ("0.4", MARKERS[i % len(MARKERS)])
-            handles.append(Line2D([], [], linestyle="none", label=f"{key} {option}", color=colour, marker=marker))
+            if key == METHOD:
+                marker = MARKERS[i % len(MARKERS)]
+            label = option if key == METHOD else f"{key} {option}"
+            handles.append(Line2D([], [], linestyle="none", label=label, color=colour, marker=marker))
     if optimum:
         handles.append(
             Line2D([], [], linestyle="none", marker="o", color="0.4", fillstyle="none", label="optimum of (P)")
@@ -370,37 +434,57 @@ def _pareto(runs: Sequence[Swept], path: Path) -> Path:
             ]
             if bars:
                 axis.errorbar([x], [y], xerr=bars[0], yerr=bars[-1], color=look["color"], linewidth=0.8, alpha=0.6)
-            if run.optimum is not None:
+            if run.optimum is not None and run.threshold:
                 best = run.optimum[name], run.optimum[names[0]]
                 axis.plot([x, best[0]], [y, best[1]], color=look["color"], linewidth=0.6, alpha=0.7)
                 axis.plot(*([v] for v in best), marker="o", color=look["color"], fillstyle="none", markersize=7)
             axis.plot([x], [y], linestyle="none", markersize=7, **look)
         axis.set(xlabel=f"win rate, {name}", ylabel=f"win rate, {names[0]}")
-    _style_key(axes[0][-1], values, any(run.optimum is not None for run in runs))
+        if METHOD in values and len(names) == 2:
+            _join(axis, runs, names[1], names[0], values)
+    _style_key(axes[0][-1], values, any(run.optimum is not None and run.threshold for run in runs))
     figure.savefig(path)
     plt.close(figure)
     return path
 
 
+def _join(axis: Axes, runs: Sequence[Swept], across: str, up: str, values: Mapping[str, list[str]]) -> None:
+    """A thin line through the runs of each method that no other run of it beats in both."""
+    from mopo_cli.pareto import nondominated
+
+    for method in values[METHOD]:
+        own = [run for run in runs if run.varying.get(METHOD) == method]
+        points = np.array([[run.win_rate[across], run.win_rate[up]] for run in own])
+        front = points[nondominated(points)]
+        axis.plot(*front[np.argsort(front[:, 0])].T, color=_style(own[0], values)["color"], linewidth=1.0, alpha=0.7)
+
+
 def _trajectories(runs: Sequence[Swept], path: Path) -> Path:
     """Every objective's estimate over the steps, with its threshold dashed, and the KL."""
-    names = list(runs[0].win_rate)
+    names, values = list(runs[0].win_rate), _values(runs)
+    runs = [run for run in runs if any(_series(run.history, f"win_rate/{name}")[0] for name in names)]
     figure, axes = plt.subplots(1, len(names) + 1, figsize=(4.2 * (len(names) + 1), 3.6), layout="constrained")
+    by_method = METHOD in values and len(runs) > NAMED
     for number, run in enumerate(runs):
         colour = plt.get_cmap("viridis")(number / len(runs)) if len(runs) > len(COLOURS) else COLOURS[number]
+        if by_method:
+            colour = _style(run, values)["color"]
         for axis, name in zip(axes, names, strict=False):
-            axis.plot(*_series(run.history, f"win_rate/{name}"), color=colour, label=run.label)
+            label = (run.varying.get(METHOD) or "") if by_method else run.label
+            axis.plot(*_series(run.history, f"win_rate/{name}"), color=colour, label=label, linewidth=1.0)
             steps, thresholds = _series(run.history, f"threshold/{name}")
             if thresholds:
                 axis.plot(steps, thresholds, color=colour, linestyle="--", linewidth=0.9, drawstyle="steps-post")
-        axes[-1].plot(*_series(run.history, "kl"), color=colour)
+        axes[-1].plot(*_series(run.history, "kl"), color=colour, linewidth=1.0)
     for axis, name in zip(axes, names, strict=False):
         axis.set(title=f"{name}, estimated" + ("   -- threshold" if name != names[0] else ""), xlabel="step")
         axis.title.set_fontsize(10)
     axes[-1].set(title="KL to the first reference, nats", xlabel="step")
     axes[-1].title.set_fontsize(10)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", fontsize=8)
+    named = dict(zip(labels, handles, strict=True))
+    if len(named) <= NAMED:
+        figure.legend(list(named.values()), list(named), loc="outside right center", fontsize=8)
     figure.savefig(path)
     plt.close(figure)
     return path

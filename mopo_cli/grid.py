@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,6 +22,7 @@ from mopo_cli.runs import RunDirectory, flat
 if TYPE_CHECKING:
     from mopo_cli.sweep_results import Record
 
+MAPPING = re.compile(r"(?<==)\{((?:[\w.-]+:[\w.-]+,?)+)\}$")  # of plain names and values
 TAG = 64  # characters of a tag that W&B takes
 NOT_IDENTITY = ("run", "sweep", "logger", "debug", "cache", "log_every", "checkpoint_every")  # the run is the same one
 
@@ -52,15 +53,21 @@ def expand(overrides: Sequence[str], zipped: Sequence[str] = ()) -> list[Point]:
 
     The values of `zipped` keys go together instead: the first of each, then the second of each.
     """
-    parsed = parse(overrides)
+    return union([overrides], zipped)
+
+
+def union(grids: Sequence[Sequence[str]], zipped: Sequence[str] = ()) -> list[Point]:
+    """The points of several such products, one product after another."""
     points: dict[str, Point] = {}
-    for parts in itertools.product(*_axes(parsed, zipped)):
-        chosen = {number: text for part in parts for number, text in part.items()}
-        point = point_of(parsed, [chosen[number] for number in range(len(parsed))])
-        if point.id in points:
-            found = " ".join(f"{key}={value}" for key, value in point.varying.items())
-            raise UserError(f"the sweep has the same point twice: {found}")
-        points[point.id] = point
+    for overrides in grids:
+        parsed = parse(overrides)
+        for parts in itertools.product(*_axes(parsed, zipped)):
+            chosen = {number: text for part in parts for number, text in part.items()}
+            point = point_of(parsed, [chosen[number] for number in range(len(parsed))])
+            if point.id in points:
+                found = " ".join(f"{key}={value}" for key, value in point.varying.items())
+                raise UserError(f"the sweep has the same point twice: {found}")
+            points[point.id] = point
     return list(points.values())
 
 
@@ -130,20 +137,111 @@ def _choices(override: Override) -> list[str]:
     return [f"{override.get_key_element()}={value}" for value in values]
 
 
-def preset_grid(composed: DictConfig, asked: Sequence[str]) -> list[str]:
-    """The grid of a preset (experiment=) as overrides, but for the keys that the command line sets itself."""
-    named = {o.lstrip("+").partition("=")[0] for o in asked}
-    grid = composed.sweep.get("grid") or {}
-    written = {key: [configs.in_grammar(v) if isinstance(v, str) else str(v) for v in grid[key]] for key in grid}
-    return [f"{key}={','.join(values)}" for key, values in written.items() if key not in named]
+# --------------------------------------------------------------------------------------------- from presets
+
+
+def preset_grids(composed: DictConfig, asked: Sequence[str]) -> list[list[str]]:
+    """The products of which a sweep is made, as overrides each: the command line's, with the preset's (experiment=).
+
+    sweep.grid is a mapping of keys to values, or a list of such mappings, whose products are joined. What the command
+    line gives for a grid's key takes the place of the grid's values; of several grids, a value belongs to those that
+    list it, or to all that name the key where none lists it, and a grid that is left without a value drops out.
+    """
+    grids = _grids(composed.sweep.get("grid"))
+    if len(grids) < 2:
+        given = {key_of(override) for override in asked}
+        grid = grids[0] if grids else {}
+        return [[*asked, *(f"{key}={','.join(grid[key])}" for key in grid if key not in given)]]
+    named = {key for grid in grids for key in grid}
+    own = {key_of(override): _texts(override) for override in asked if key_of(override) in named}
+    listed = {key: {_plain(text) for grid in grids for text in grid.get(key, ())} for key in own}
+    free = [override for override in asked if key_of(override) not in named]
+    taken = [{key: _taken(own[key], texts, listed[key]) if key in own else texts for key, texts in grid.items()}
+             for grid in grids]  # fmt: skip
+    taken = [grid for grid in taken if all(grid.values())]
+    return [[*free, *(_override(key, grid[key], _fixed(key, taken)) for key in grid)] for grid in taken]
+
+
+def _grids(found: Any) -> list[dict[str, list[str]]]:
+    """The values of each grid as texts that Hydra reads; UserError where sweep.grid is no grid."""
+    if OmegaConf.is_config(found):
+        found = OmegaConf.to_container(found)
+    several = isinstance(found, list)
+    grids = {f"sweep.grid[{i}]": grid for i, grid in enumerate(found)} if several else {"sweep.grid": found or {}}
+    for name, grid in grids.items():
+        if not isinstance(grid, dict) or (several and not grid):
+            raise UserError(f"{name}={grid}: must be a mapping of keys to lists of values, or a list of such mappings")
+        for key, values in grid.items():
+            if not isinstance(values, list) or not values:
+                raise UserError(f"{name}.{key}={values}: must be a list of values")
+    return [{str(key): [written(v) for v in values] for key, values in grid.items()} for grid in grids.values()]
+
+
+def written(value: Any) -> str:
+    """A value of a config as Hydra's overrides have it."""
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{written(v)}" for key, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(written, value)) + "]"
+    if value is None:
+        return "null"
+    return configs.in_grammar(value) if isinstance(value, str) else str(value).lower()
+
+
+def key_of(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
+
+
+def _texts(override: str) -> list[str]:
+    """The values that an override of the command line stands for."""
+    return [text.partition("=")[2] for choice in parse([override]) for text in _choices(choice)]
+
+
+def _taken(given: Sequence[str], texts: Sequence[str], listed: set[object]) -> list[str]:
+    """Which of the given values a grid takes that lists `texts`; `listed` are those of all grids."""
+    mine = {_plain(text) for text in texts}
+    return [text for text in given if _plain(text) in mine or _plain(text) not in listed]
+
+
+def _plain(text: str) -> object:
+    """A value as something to compare: 0.10 is 0.1, and spaces and quotes do not matter."""
+    try:
+        return float(text)
+    except ValueError:
+        return re.sub(r"[\s'\"]", "", text)
+
+
+def _fixed(key: str, grids: Sequence[dict[str, list[str]]]) -> bool:
+    """Whether a key has the same one value in all grids."""
+    return len({tuple(grid.get(key, ())) for grid in grids}) == len(grids[0].get(key, ())) == 1
+
+
+def _override(key: str, texts: Sequence[str], fixed: bool) -> str:
+    """A key with its values. One value is a choice, too, where other grids have another: it tells the points apart."""
+    alone = len(texts) == 1 and not fixed and texts[0] != "null"  # which is no choice in Hydra's grammar
+    return f"{key}=choice({texts[0]})" if alone else f"{key}={','.join(texts)}"
+
+
+def check_different(trials: Sequence[Trial]) -> None:
+    """UserError where two points are the same run under two ids, as two grids may have it."""
+    seen: dict[str, str] = {}
+    for trial in trials:
+        first = seen.setdefault(identity(settings_of(trial)), trial.point.id)
+        if first != trial.point.id:
+            raise UserError(f"the sweep has the same point twice: {first} and {trial.point.id}")
 
 
 def point_id(varying: Sequence[str]) -> str:
     """A directory name from what varies: readable, with a hash where it lost a character or would grow too long."""
-    text = ",".join(override.lstrip("+") for override in varying) or "default"
+    text = ",".join(MAPPING.sub(_flat_text, override.lstrip("+")) for override in varying) or "default"
     name = re.sub(r"[^\w.,=+-]", "_", text)
     whole = name == text and len(name) <= 100
     return name if whole else f"{name[:80]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def _flat_text(mapping: re.Match[str]) -> str:
+    """{helpful:0.7,harmless:0.3} as helpful=0.7+harmless=0.3, which may be a file's name."""
+    return mapping.group(1).replace(":", "=").replace(",", "+")
 
 
 # --------------------------------------------------------------------------------------------- to configs and places
@@ -222,15 +320,15 @@ class Points(Protocol):
 
 @dataclass
 class Grid:
-    """Every point of a product; the settings of sweeper=grid."""
+    """Every point of one product or several; the settings of sweeper=grid."""
 
     name: str = "grid"
 
     def check(self) -> None:
         pass
 
-    def open(self, overrides: Sequence[str], zipped: Sequence[str], earlier: Sequence[dict[str, str]]) -> Points:
-        return GridPoints(expand(overrides, zipped))
+    def open(self, grids: Sequence[Sequence[str]], zipped: Sequence[str], earlier: Sequence[dict[str, str]]) -> Points:
+        return GridPoints(union(grids, zipped))
 
 
 class GridPoints:

@@ -32,8 +32,9 @@ def model_card(
     lines = ["---", yaml.safe_dump(_metadata(model, adapter), sort_keys=False).strip(), "---", ""]
     lines += [f"# {_text(settings['run']['name'])}", ""]
     lines += [
-        f"Aligned from `{_code(base)}` with mopo {summary['versions']['mopo']} (tau {settings['tau']:g}, "
-        f"{summary['train']['steps']} steps, seed {summary['seed']}): {_aim(summary['objectives'])}.",
+        f"Aligned from `{_code(base)}` with mopo {summary['versions']['mopo']} ({_method(settings, summary)}tau "
+        f"{settings['tau']:g}, {summary['train']['steps']} steps, seed {summary['seed']}): "
+        f"{_aim(settings, summary['objectives'])}.",
         "",
         *_objectives(measured),
         *_beside(measured),
@@ -60,7 +61,18 @@ def _metadata(model: Mapping[str, Any], adapter: bool) -> dict[str, Any]:
     return {**tags, **({"base_model": str(base)} if known else {}), "tags": ["mopo", "preference-optimization"]}
 
 
-def _aim(objectives: Mapping[str, Any]) -> str:
+def _method(settings: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    """The method's name, with a comma; nothing of a run of old that does not tell."""
+    name = summary.get("algorithm") or (settings.get("algorithm") or {}).get("name")
+    return f"{_text(name)}, " if name else ""
+
+
+def _aim(settings: Mapping[str, Any], objectives: Mapping[str, Any]) -> str:
+    """What was asked of the model: weights or a direction over objectives, else a primary under thresholds."""
+    algorithm = settings.get("algorithm") or {}
+    for key, word in (("weights", "weighed"), ("direction", "in the direction")):
+        if algorithm.get(key):
+            return f"objectives {word} {', '.join(f'{_text(k)} {v:g}' for k, v in algorithm[key].items())}"
     primary = next((_text(name) for name, o in objectives.items() if o["role"] == "primary"), "its objective")
     kept = [
         f"{_text(name)} at least {o['threshold']:.3f}" for name, o in objectives.items() if o["threshold"] is not None
@@ -69,18 +81,23 @@ def _aim(objectives: Mapping[str, Any]) -> str:
 
 
 def _objectives(measured: Mapping[str, Any]) -> list[str]:
-    lines = [
-        "| objective | role | threshold | win rate | 95 % CI | kept | judged by |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    """The table of win rates; without columns about thresholds where none was asked."""
+    asked = any(o["threshold"] is not None for o in measured["objectives"].values())
+    heads = ["objective", "role", *(["threshold"] if asked else []), "win rate", "95 % CI"]
+    heads += [*(["kept"] if asked else []), "judged by"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, o in measured["objectives"].items():
         low, high = o["win_rate_ci95"]
-        asked = "" if o["threshold"] is None else f"{o['threshold']:.3f}"
-        kept = VERDICTS.get(o.get("satisfied_with_confidence") or "", "")
-        lines.append(
-            f"| {_text(name)} | {o['role']} | {asked} | {o['win_rate']:.3f} | {low:.3f} to {high:.3f} | {kept} "
-            f"| {_text(o['judge'])} |"
-        )
+        cells = {
+            "objective": _text(name),
+            "role": o["role"],
+            "threshold": "" if o["threshold"] is None else f"{o['threshold']:.3f}",
+            "win rate": f"{o['win_rate']:.3f}",
+            "95 % CI": f"{low:.3f} to {high:.3f}",
+            "kept": VERDICTS.get(o.get("satisfied_with_confidence") or "", ""),
+            "judged by": _text(o["judge"]),
+        }
+        lines.append(f"| {' | '.join(cells[head] for head in heads)} |")
     return lines
 
 

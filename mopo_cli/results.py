@@ -203,6 +203,8 @@ def draw(
 ) -> list[Path]:
     from mopo_cli.figures import Point, draw_run
 
+    results = evaluation.objectives.values()
+    asked = len(results) == 1 or any(result.threshold is not None for result in results)
     points = [
         Point(
             name,
@@ -211,7 +213,7 @@ def draw(
             result.win_rate,
             *result.win_rate_ci95,
             exact=exact.win_rate[name] if exact else None,
-            optimum=exact.optimum[name] if exact else None,
+            optimum=exact.optimum[name] if exact and asked else None,
         )
         for name, result in evaluation.objectives.items()
     ]

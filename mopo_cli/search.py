@@ -34,10 +34,15 @@ class Optuna:
                 raise UserError(f"sweeper.{key}={getattr(self, key)}: must be 1 or more")
         needed("optuna", "optuna")
 
-    def open(self, overrides: Sequence[str], zipped: Sequence[str], earlier: Sequence[dict[str, str]]) -> Points:
+    def open(self, grids: Sequence[Sequence[str]], zipped: Sequence[str], earlier: Sequence[dict[str, str]]) -> Points:
         if zipped:
             raise UserError(f"sweep.zip=[{','.join(zipped)}]: sweeper=optuna chooses each key by itself")
-        return Search(self, overrides, earlier)
+        if len(grids) > 1:
+            raise UserError(
+                f"sweep.grid: sweeper=optuna searches one space, and this preset has {len(grids)} grids; give it the "
+                "keys of one (algorithm=mopo, say), or use sweeper=grid"
+            )
+        return Search(self, grids[0], earlier)
 
 
 class Search:

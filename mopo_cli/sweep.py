@@ -25,11 +25,13 @@ from mopo_cli.grid import (
     Point,
     Points,
     Trial,
+    check_different,
     compose_point,
     first_choice,
+    key_of,
     known_runs,
     parse,
-    preset_grid,
+    preset_grids,
     settings_of,
 )
 from mopo_cli.launchers import Pool, apart, start_server
@@ -56,12 +58,13 @@ SEARCHED = 4  # trials of a search at once where the launcher sets no bound: the
 
 def command(overrides: Sequence[str], user_config_dir: str | None, show_config: bool) -> int:
     """Run every point; exit status 1 when one failed."""
-    own = [o for o in overrides if _key(o).partition(".")[0] in OWN]
+    own = [o for o in overrides if key_of(o).partition(".")[0] in OWN]
     asked = [o for o in overrides if o not in own]
     first = [first_choice(override) for override in parse(asked)]
     _check_own_directories(first)
     configs.check_experiment("sweep", first, user_config_dir)
-    composed = configs.compose("sweep", [*own, *first], user_config_dir)
+    preset = [override for override in first if key_of(override) == "experiment"]
+    composed = configs.compose("sweep", [*own, *preset], user_config_dir)  # the points are composed each by itself
     settings: configs.SweepConfig = configs.typed(composed.sweep, configs.SweepConfig)
     configs.check_sweep(settings)
     if not show_config and not settings.dry_run:
@@ -70,10 +73,11 @@ def command(overrides: Sequence[str], user_config_dir: str | None, show_config: 
     directory = Path(settings.dir).expanduser()
     sweeper.check()
     earlier = earlier_runs(directory)
-    points = sweeper.open(
-        [*asked, *preset_grid(composed, asked)], settings.zip, [overrides for _, overrides in earlier]
-    )
+    grids = preset_grids(composed, asked)
+    points = sweeper.open(grids, settings.zip, [overrides for _, overrides in earlier])
     known = [compose_point(point, directory, user_config_dir) for point in points.known()]
+    if len(grids) > 1:
+        check_different(known)
     if show_config:
         print(configs.to_yaml(known[0].composed), end="")
         return 0
@@ -84,7 +88,7 @@ def command(overrides: Sequence[str], user_config_dir: str | None, show_config: 
     if settings.dry_run:
         show_plan(directory, [(trial.run, _record(trial)) for trial in trials], points.total, settings.retry, expected)
         return 0
-    again = ["mopo", "sweep", *_config_dir(user_config_dir), *(o for o in overrides if _key(o) not in GIVEN_ANEW)]
+    again = ["mopo", "sweep", *_config_dir(user_config_dir), *(o for o in overrides if key_of(o) not in GIVEN_ANEW)]
     lock = open_run(RunDirectory(directory))  # a second `mopo sweep` here is refused until this process has gone
     try:
         by_point = dict(zip((trial.point.id for trial in known), trials, strict=True))
@@ -94,10 +98,6 @@ def command(overrides: Sequence[str], user_config_dir: str | None, show_config: 
         )
     finally:
         lock.close()
-
-
-def _key(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0]
 
 
 def _config_dir(path: str | None) -> list[str]:

@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mopo_cli.config import LoggerConfig
+from mopo_cli.config import LoggerConfig, option_name
 from mopo_cli.errors import UserError
-from mopo_cli.runs import RunDirectory, flat, locked, read_json, read_lines, shown, write_atomic, write_json
+from mopo_cli.grid import written
+from mopo_cli.runs import RunDirectory, locked, read_json, read_lines, write_atomic, write_json
 from mopo_cli.worker import ENDED
 
 if TYPE_CHECKING:
@@ -41,6 +42,11 @@ class Record:
         """The win rate of an objective: exact where it is known, else as evaluated."""
         exact = self.numbers.get(f"exact/{name}")
         return self.numbers.get(f"win_rate/{name}") if exact is None else exact
+
+    @property
+    def asked(self) -> bool:
+        """Whether a threshold was asked of the run."""
+        return any(v is not None for k, v in self.numbers.items() if k.startswith("threshold/"))
 
     @property
     def satisfied(self) -> bool:
@@ -79,9 +85,20 @@ def with_every_key(records: Sequence[Record], directory: Path) -> list[Record]:
 
 def _overrides(record: Record, keys: Sequence[str], directory: Path) -> dict[str, str]:
     run = RunDirectory(directory / "runs" / record.id)
-    settings = dict(flat(run.settings())) if run.config.exists() else {}
-    found = {key: shown(settings, key) for key in keys if key in settings}
-    return {key: record.overrides.get(key, found.get(key, "")) for key in keys}
+    settings = run.settings() if run.config.exists() else {}
+    return {key: record.overrides[key] if key in record.overrides else _setting(settings, key) for key in keys}
+
+
+def _setting(settings: dict[str, Any], key: str) -> str:
+    """A key of a config as text: of a group its option, of a mapping what it holds; empty where there is none."""
+    node: Any = settings
+    for part in key.split("."):
+        if not isinstance(node, dict) or part not in node:
+            return ""
+        node = node[part]
+    if isinstance(node, dict) and "_target_" in node:
+        return option_name(node)
+    return str(node["name"]) if isinstance(node, dict) and "name" in node else written(node)
 
 
 def numbers(summary: dict[str, Any]) -> dict[str, Any]:
@@ -112,6 +129,8 @@ def best(records: Sequence[Record]) -> tuple[Record | None, str | None]:
         return None, "no run has ended"
     if len({record.primary for record in ended}) > 1:
         return None, "the runs maximise different objectives"
+    if len({record.asked for record in ended}) > 1:
+        return None, "some runs were asked for thresholds and others for none, which one number cannot compare"
     kept = [record for record in ended if record.state == "done" and record.satisfied]
     if not kept:
         return None, f"none of the {len(ended)} runs that ended keeps every threshold"

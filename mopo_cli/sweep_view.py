@@ -206,8 +206,8 @@ def show_results(records: Sequence[Record]) -> None:
     say("")
     if winner is not None:
         exact = " (exact)" if f"exact/{winner.primary}" in winner.numbers else ""
-        say(f"best           {winner.id}: {winner.primary} {winner.reached(winner.primary or ''):.3f}{exact}, "
-            "every threshold kept")  # fmt: skip
+        kept = ", every threshold kept" if winner.asked else ""
+        say(f"best           {winner.id}: {winner.primary} {winner.reached(winner.primary or ''):.3f}{exact}{kept}")
     else:
         say(f"best           none: {reason}")
 
@@ -216,6 +216,7 @@ def _results_table(records: Sequence[Record]) -> Table:
     keys = list(dict.fromkeys(key for record in records for key in record.overrides))
     names = list(dict.fromkeys(name for record in records for name in record.roles))
     winner, _ = best(records)
+    judged = {name for name in names if any(r.numbers.get(f"satisfied/{name}") is not None for r in records)}
     table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for title in short_names(keys) or ["run"]:
         table.add_column(title, no_wrap=True, max_width=40, overflow="ellipsis")
@@ -223,7 +224,7 @@ def _results_table(records: Sequence[Record]) -> Table:
     for title in [*names, "KL", "warnings", "time"]:
         table.add_column(title, justify="right", no_wrap=True)
     for record in records:
-        cells = [_number(record, name) for name in names]
+        cells = [_number(record, name, name in judged) for name in names]
         kl, warnings = record.numbers.get("kl"), record.numbers.get("warnings")
         table.add_row(
             *([record.overrides.get(key, "") for key in keys] or ["defaults"]),
@@ -237,9 +238,10 @@ def _results_table(records: Sequence[Record]) -> Table:
     return table
 
 
-def _number(record: Record, name: str) -> Text:
+def _number(record: Record, name: str, judged: bool) -> Text:
+    """A win rate, and in a column of which some are judged whether its threshold is kept."""
     value, kept = record.reached(name), record.numbers.get(f"satisfied/{name}")
-    mark = {True: " yes", False: "  no"}.get(kept, "")  # type: ignore[arg-type]
+    mark = {True: " yes", False: "  no"}.get(kept, "    " if judged else "")  # type: ignore[arg-type]
     style = {True: "green", False: "red"}.get(kept, "")  # type: ignore[arg-type]
     return Text("" if value is None else f"{value:.3f}{mark}", style=style)
 

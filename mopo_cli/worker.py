@@ -105,7 +105,10 @@ def work(task: Task) -> None:
     os.chdir(task.cwd)
     if task.cwd not in sys.path:
         sys.path.append(task.cwd)  # a user's own scorer lies there
-    sys.argv = ["mopo", "train", *task.overrides]  # what summary and model card call the command
+    preset = any(
+        override.lstrip("+").startswith("experiment=") for override in task.overrides
+    )  # which only a sweep takes
+    sys.argv = ["mopo", "sweep" if preset else "train", *task.overrides]  # what summary and model card call the command
     run = RunDirectory(Path(task.directory))
     if locked(run) or (run.status.exists() and run.state() in ENDED):
         return

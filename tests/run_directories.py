@@ -25,6 +25,8 @@ def write_run(
     length: int = 60,
     steps: int = 200,
     seed: int = 0,
+    algorithm: str | None = "mopo",  # or a method without multipliers; None: as runs of old, which do not say
+    optimum: Mapping[str, float] | None = None,
 ) -> Path:
     """A run whose samples have these mean win rates (the first objective is the primary one)."""
     rng = np.random.default_rng(seed)
@@ -34,6 +36,8 @@ def write_run(
         "tau": 0.08,
         "seed": seed,
         "dataset": {"_target_": "data", "path": None},
+        "algorithm": {"name": algorithm, "_target_": f"methods.{algorithm.capitalize()}"} if algorithm else {
+            "_target_": "mopo_cli.algorithms.mopo.Mopo"},
         "objectives": {n: {"role": "secondary" if i else "primary", "threshold": asked.get(n), "worst": 0.0}
                        for i, n in enumerate(names)},
         "run": {"name": path.name, "dir": str(path)},
@@ -45,8 +49,10 @@ def write_run(
             node = node.setdefault(parent, {})
         node[last] = value
     (path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    (path / "metrics.jsonl").write_text("".join(json.dumps(_line(s, steps, rates, asked, rng)) + "\n"
-                                                for s in range(5, steps + 1, 5)))  # fmt: skip
+    followed = algorithm in (None, "mopo")
+    logged = [_line(s, steps, rates, asked, rng) if followed else _pair_line(s, steps, rng)
+              for s in range(5, steps + 1, 5)]  # fmt: skip
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in logged))
     state = "done" if finished else "running"
     (path / "status.json").write_text(json.dumps({"state": state, "step": steps, "error": None}))
     if not finished:
@@ -59,8 +65,22 @@ def write_run(
         for i, prompt in enumerate(PROMPTS) for m in range(responses)
     ]  # fmt: skip
     (path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (path / "summary.json").write_text(json.dumps(summary(rates, asked, exact, front, seed)))
+    told = summary(rates, asked, exact, front, seed, optimum)
+    if algorithm:
+        told["algorithm"] = algorithm
+    if not followed:
+        told["duals"] = {}
+        for objective in told["objectives"].values():
+            objective["estimated_win_rate"] = None
+    (path / "summary.json").write_text(json.dumps(told))
     return path
+
+
+def _pair_line(step: int, steps: int, rng: Any) -> dict[str, Any]:
+    """What a method on labelled pairs logs."""
+    far = step / steps
+    return {"step": step, "loss": 0.69 - 0.2 * far + rng.normal(0, 0.01), "preferred_logp": -30 - far,
+            "other_logp": -30 - 4 * far, "accuracy": min(1.0, 0.5 + 0.25 * far + rng.normal(0, 0.02))}  # fmt: skip
 
 
 def _line(step: int, steps: int, rates: Mapping[str, float], asked: Mapping[str, float], rng: Any) -> dict[str, Any]:
@@ -74,11 +94,12 @@ def _line(step: int, steps: int, rates: Mapping[str, float], asked: Mapping[str,
 
 
 def summary(
-    rates: Mapping[str, float], asked: Mapping[str, float], exact: bool, front: Sequence[Mapping[str, float]], seed: int
-) -> dict[str, Any]:
+    rates: Mapping[str, float], asked: Mapping[str, float], exact: bool, front: Sequence[Mapping[str, float]],
+    seed: int, optimum: Mapping[str, float] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     oracle = {
         "win_rate": dict(rates),
-        "optimum": {name: rate + 0.01 for name, rate in rates.items()},
+        "optimum": optimum or {name: rate + 0.01 for name, rate in rates.items()},
         "reference": dict.fromkeys(rates, 0.5),
         "gap": 0.01,
         "kl": 0.4,
@@ -103,7 +124,16 @@ def summary(
         "kl": 0.4 + 0.001 * seed,
         "duals": dict.fromkeys(names[1:], 0.3),
         "oracle": oracle if exact else None,
-        "train": {"steps": 200, "pairs_per_second": 900.0, "peak_memory_mb": 700.0, "wall_seconds": 75.0},
+        "train": {
+            "steps": 200,
+            "reused_steps": 0,
+            "samples": 50,
+            "reused_samples": 0,
+            "alignment_seconds": 60.0,
+            "pairs_per_second": 900.0,
+            "peak_memory_mb": 700.0,
+            "wall_seconds": 75.0,
+        },
         "heldout_accuracy": dict.fromkeys(names, 0.7),
         "warnings": ["note: nothing is wrong", "the estimate is optimistic"],
         "versions": {"mopo": "0.1.0"},
@@ -127,5 +157,33 @@ def write_sweep(directory: Path, count: int, **how: Any) -> Path:
             {"tau": tau, "objectives.harmless.threshold": asked}, seed=number, **how,
         )  # fmt: skip
         records.append({"id": name, "overrides": overrides, "state": "done", "error": None})
+    (directory / "sweep.json").write_text(json.dumps({"runs": records}))
+    return directory
+
+
+FRONT = ({"helpful": 0.8, "harmless": 0.3}, {"helpful": 0.7, "harmless": 0.6}, {"helpful": 0.3, "harmless": 0.8})
+
+
+def write_methods(
+    directory: Path, methods: Sequence[str] = ("dpo", "mopo"), seeds: int = 2, exact: bool = True
+) -> Path:
+    """A sweep over methods: three trade-offs and some seeds of each; mopo by thresholds, the others by weights."""
+    records = []
+    for place, method in enumerate(methods):
+        for harmless in (0.4, 0.5, 0.6):
+            for seed in range(seeds):
+                weights = f"{{helpful:{1 - harmless:g},harmless:{harmless:g}}}"
+                mopo = method == "mopo"
+                own = {"objectives.harmless.threshold": f"{harmless:g}"} if mopo else {"algorithm.weights": weights}
+                name = f"algorithm={method},{harmless:g},seed={seed}"
+                every = {"algorithm.weights": "", "objectives.harmless.threshold": "null"}
+                rates = {"helpful": 1.05 - harmless - 0.02 * place + 0.001 * seed, "harmless": harmless + 0.001 * seed}
+                write_run(
+                    directory / "runs" / name, rates, {"harmless": harmless} if mopo else {},
+                    {"objectives.harmless.worst": 0.25, "objectives.helpful.worst": 0.25}, exact=exact, front=FRONT,
+                    seed=seed, algorithm=method, optimum={"helpful": 1.06 - harmless, "harmless": harmless},
+                )  # fmt: skip
+                overrides = {"algorithm": method, **every, **own, "seed": str(seed)}
+                records.append({"id": name, "overrides": overrides, "state": "done", "error": None})
     (directory / "sweep.json").write_text(json.dumps({"runs": records}))
     return directory

@@ -18,11 +18,24 @@ import pytest
 from omegaconf import OmegaConf
 from running import TIMEOUT, TINY, Finished, owner, read_json, results, start, stop_when, wait_for
 
-from mopo_cli.config import compose
+from mopo_cli.config import TrainConfig, compose, typed
 from mopo_cli.errors import UserError
-from mopo_cli.grid import compose_point, expand, identity, point_id, preset_grid, settings_of
+from mopo_cli.estimate import estimate
+from mopo_cli.grid import (
+    check_different,
+    compose_point,
+    expand,
+    first_choice,
+    identity,
+    parse,
+    point_id,
+    preset_grids,
+    settings_of,
+    union,
+)
 from mopo_cli.runs import RunDirectory, open_run
-from mopo_cli.sweep_results import Record, best, front
+from mopo_cli.search import Optuna
+from mopo_cli.sweep_results import Record, best, front, with_every_key
 from mopo_cli.sweep_view import Board, Line, short_names
 
 Run = Callable[..., Finished]
@@ -33,8 +46,12 @@ def varying(*overrides: str) -> list[dict[str, str]]:
 
 
 def grid_of(*overrides: str) -> list[dict[str, str]]:
-    composed = compose("sweep", list(overrides))
-    return [point.varying for point in expand([*overrides, *preset_grid(composed, overrides)])]
+    composed = compose("sweep", [first_choice(o) for o in parse(overrides) if o.get_key_element() == "experiment"])
+    return [point.varying for point in union(preset_grids(composed, overrides))]
+
+
+def grids_of(grid: Any, *asked: str) -> list[list[str]]:
+    return preset_grids(OmegaConf.create({"sweep": {"grid": grid}}), asked)
 
 
 class TestPresets:
@@ -49,12 +66,138 @@ class TestPresets:
             {"beta": beta} for beta in ("0.95", "0.99", "0.999", "0.9999")
         ]
 
+    def test_baselines_have_five_trade_offs_and_three_seeds_of_every_method(self):
+        for name in ("baselines", "baselines_qa"):
+            points = grid_of(f"experiment={name}")
+            methods = [point["algorithm"] for point in points]
+            assert {"sft", "dpo", "ipo", "mopo"} <= set(methods)
+            assert {methods.count(method) for method in methods} == {15}
+            assert {point["seed"] for point in points} == {"0", "1", "2"}
+
+    @pytest.mark.parametrize("name", ["baselines", "baselines_qa"])
+    def test_every_method_of_the_baselines_starts(self, name: str, tmp_path: Path):
+        from mopo_cli import train
+
+        data = ["dataset.path=x.json"] if name == "baselines_qa" else []
+        composed = compose("sweep", [f"experiment={name}"])
+        budgets = set()
+        for point in union(preset_grids(composed, [f"experiment={name}", "seed=0", *data])):
+            config = typed(compose_point(point, tmp_path, None).composed, TrainConfig)
+            train.check(config)
+            budgets.add((config.steps, config.batch_size, config.gradient_accumulation))
+        assert len(budgets) == 1
+
     def test_its_points_train_under_its_settings(self, tmp_path: Path):
         point = expand(["experiment=lag_vs_static", "t0=100"])[0]
         composed = compose_point(point, tmp_path, None).composed
         assert composed.t0 == 100
         assert composed.objectives.harmless.threshold is None
         assert list(composed.objectives) == ["helpful", "harmless"]
+
+
+WEIGHTS = [{"helpful": 0.7, "harmless": 0.3}, {"helpful": 0.5, "harmless": 0.5}]
+METHODS = [
+    {"algorithm": ["dpo", "ipo"], "algorithm.weights": WEIGHTS, "seed": [0, 1]},
+    {"algorithm": ["mopo"], "objectives.harmless.threshold": [0.5, None], "seed": [0, 1]},
+]
+
+
+class TestListOfGrids:
+    def test_each_is_a_product_and_together_they_are_a_union(self):
+        points = union(grids_of(METHODS, "steps=9"))
+        assert len(points) == 8 + 4
+        assert points[0].id == "algorithm=dpo,algorithm.weights=helpful=0.7+harmless=0.3,seed=0"
+        assert points[0].overrides == (
+            "steps=9", "algorithm=dpo", "algorithm.weights={helpful:0.7,harmless:0.3}", "seed=0",
+        )  # fmt: skip
+        assert points[-1].varying == {"algorithm": "mopo", "objectives.harmless.threshold": "null", "seed": "1"}
+
+    def test_a_mapping_arrives_as_one(self, tmp_path: Path):
+        point = union(grids_of(METHODS, "objectives=assistant_pair"))[0]
+        composed = compose_point(point, tmp_path, None).composed
+        assert composed.algorithm.weights == {"helpful": 0.7, "harmless": 0.3}
+        assert composed.run.dir == str(tmp_path / "runs" / point.id)
+
+    @pytest.mark.parametrize("value", ["{a:1,b:[1,2]}", "{a:{b:1}}", "{a: 'x y'}", "{}"])
+    def test_a_mapping_that_no_file_name_can_hold_gets_a_hash(self, value: str):
+        assert re.fullmatch(r"k=[\w.,=+-]+-[0-9a-f]{12}", point_id([f"k={value}"]))
+
+    @pytest.mark.parametrize(
+        ("asked", "found"),
+        [
+            (["algorithm=mopo"], {"mopo": 4}),
+            (["algorithm=dpo,mopo", "seed=1"], {"dpo": 2, "mopo": 2}),
+            (["seed=5"], {"dpo": 2, "ipo": 2, "mopo": 2}),
+            (["seed=0,5"], {"dpo": 4, "ipo": 4, "mopo": 4}),
+            (["objectives.harmless.threshold=0.6,0.7,0.8"], {"dpo": 4, "ipo": 4, "mopo": 6}),
+            (["algorithm.weights={helpful:1,harmless:0}"], {"dpo": 2, "ipo": 2, "mopo": 4}),
+            (["objectives.harmless.threshold=0.50"], {"dpo": 4, "ipo": 4, "mopo": 2}),
+            (["tau=0.1,0.2"], {"dpo": 8, "ipo": 8, "mopo": 8}),
+        ],
+    )
+    def test_the_command_line_has_the_last_word_in_each(self, asked: list[str], found: dict[str, int]):
+        points = union(grids_of(METHODS, *asked))
+        methods = [next(o.partition("=")[2] for o in p.overrides if o.startswith("algorithm=")) for p in points]
+        assert {name: methods.count(name) for name in methods} == found
+
+    def test_what_is_the_same_everywhere_is_in_no_id(self):
+        assert union(grids_of(METHODS, "seed=1", "algorithm=mopo"))[0].id == "objectives.harmless.threshold=0.5"
+        assert union(grids_of(METHODS, "seed=1"))[-1].id == "algorithm=mopo,objectives.harmless.threshold=null"
+
+    @pytest.mark.parametrize(
+        ("grid", "told"),
+        [
+            ({"tau": 0.1}, "sweep.grid.tau=0.1: must be a list of values"),
+            ([{"tau": [0.1]}, {"tau": []}], "sweep.grid[1].tau=[]: must be a list of values"),
+            ([{"tau": [0.1]}, [0.2]], "sweep.grid[1]=[0.2]: must be a mapping of keys to lists of values"),
+            ("tau", "sweep.grid=tau: must be a mapping of keys to lists of values, or a list of such mappings"),
+        ],
+    )
+    def test_what_is_no_grid(self, grid: Any, told: str):
+        with pytest.raises(UserError) as caught:
+            grids_of(grid)
+        assert str(caught.value).startswith(told)
+
+    def test_the_same_point_twice(self, tmp_path: Path):
+        with pytest.raises(UserError, match=r"the sweep has the same point twice: tau=0\.1"):
+            union(grids_of([METHODS[1] | {"tau": [0.2]}, {"algorithm": ["mopo"], "tau": [0.1]}, {"algorithm": ["mopo"],
+                           "tau": [0.1, 0.3]}]))  # fmt: skip
+        points = union(grids_of([{"tau": [0.08]}, {"beta": [0.9995, 0.9]}]))  # the defaults, twice
+        trials = [compose_point(point, tmp_path, None) for point in points]
+        with pytest.raises(UserError, match=r"the same point twice: tau=0\.08 and beta=0\.9995"):
+            check_different(trials)
+
+    def test_optuna_searches_one_space(self):
+        with pytest.raises(UserError, match=r"sweeper=optuna searches one space, and this preset has 2 grids"):
+            Optuna().open(grids_of(METHODS), [], [])
+
+    def test_records_show_the_keys_of_others_as_their_configs_have_them(self, tmp_path: Path):
+        records = [Record("d", {"algorithm": "dpo", "algorithm.weights": "{a:1}"}), Record("m", {"seed": "0"})]
+        (tmp_path / "runs" / "m").mkdir(parents=True)
+        config = {"algorithm": {"_target_": "mopo_cli.algorithms.mopo.Mopo", "sigma": 0.1}, "seed": 0}
+        OmegaConf.save(OmegaConf.create(config), tmp_path / "runs" / "m" / "config.yaml")
+        first, second = with_every_key(records, tmp_path)
+        assert first.overrides == {"algorithm": "dpo", "algorithm.weights": "{a:1}", "seed": ""}
+        assert second.overrides == {"algorithm": "mopo", "algorithm.weights": "", "seed": "0"}
+
+
+class TestEstimate:
+    def test_methods_take_each_its_own_time(self, tmp_path: Path):
+        points = []
+        for number, (name, seconds) in enumerate({"dpo": 10.0, "mopo": 40.0, "sft": 0.0}.items()):
+            settings = {"algorithm": {"name": name}, "batch_size": 8, "steps": 20}
+            if seconds:
+                run = tmp_path / "sweep" / "old" / "runs" / str(number)
+                run.mkdir(parents=True)
+                OmegaConf.save(OmegaConf.create(settings | {"steps": 10}), run / "config.yaml")
+                took = {"alignment_seconds": seconds, "wall_seconds": seconds + 1, "steps": 10}
+                told = {"objectives": {}, "algorithm": name, "train": took}
+                (run / "summary.json").write_text(json.dumps(told))
+            points.append((settings, RunDirectory(tmp_path / "sweep" / "new" / "runs" / name)))
+        found = estimate(points, tmp_path / "sweep" / "new")
+        assert found is not None
+        assert (found.of["dpo"], found.of["mopo"]) == (21.0, 81.0)
+        assert found.of["sft"] in (21.0, 81.0)  # it has not run yet, and goes by another
 
 
 class TestGrid:

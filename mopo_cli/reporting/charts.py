@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mopo_cli import pareto
-from mopo_cli.reporting.runs import ReportedRun, value_of
+from mopo_cli.reporting.runs import METHOD, ReportedRun, value_of
 
 Spec = dict[str, Any]
 
@@ -36,6 +36,10 @@ LIGHT = {
     "c5": "#7a3e9d",
     "c6": "#6b6b6b",
     "c7": "#8c5a2b",
+    "c8": "#1b2a6b",
+    "c9": "#7d8c12",
+    "c10": "#a01246",
+    "c11": "#00707a",
 }
 DARK = {
     "ink": "#e8eaed",
@@ -51,9 +55,17 @@ DARK = {
     "c5": "#bf98e0",
     "c6": "#a8a8a8",
     "c7": "#cf9a66",
+    "c8": "#8c9eff",
+    "c9": "#c3d04a",
+    "c10": "#ff7eb0",
+    "c11": "#5fd4de",
 }
-COLOURS = [f"var(--c{i})" for i in range(8)]
+COLOURS = [f"var(--c{i})" for i in range(12)]
+HUES = 8  # of them that can be told apart without a shape
 SHAPES = ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right", "triangle-left"]
+STAR = "M0,-1L0.25,-0.34L0.95,-0.31L0.4,0.13L0.59,0.81L0,0.42L-0.59,0.81L-0.4,0.13L-0.95,-0.31L-0.25,-0.34Z"
+SHAPES += [STAR, "M0,-1L0.87,-0.5L0.87,0.5L0,1L-0.87,0.5L-0.87,-0.5Z", "M-0.9,-0.9L0.9,-0.9L-0.9,0.9L0.9,0.9Z",
+           "M0,-1L0.95,-0.31L0.59,0.81L-0.59,0.81L-0.95,-0.31Z"]  # fmt: skip
 INK, SOFT, BAD, PAPER = "var(--ink)", "var(--soft)", "var(--bad)", "var(--paper)"
 FONT = "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Helvetica, 'Liberation Sans', Arial, sans-serif"
 FILE_FONT = "Liberation Sans, Helvetica, Arial, sans-serif"
@@ -129,8 +141,13 @@ class Group:
         return [run for run in self.runs if run.finished]
 
     @property
+    def by_method(self) -> bool:
+        """Whether runs are told apart by their methods, where these vary."""
+        return METHOD in self.settings
+
+    @property
     def by_run(self) -> bool:
-        return len(self.runs) <= NAMED
+        return len(self.runs) <= NAMED and not self.by_method
 
     def points(self) -> np.ndarray:
         """(n, K) of the runs that ended."""
@@ -147,6 +164,13 @@ def group_of(runs: Sequence[ReportedRun], settings: Mapping[str, list[str]]) -> 
 
 
 def _label(run: ReportedRun, settings: Mapping[str, list[str]]) -> str:
+    if METHOD in settings:  # what other methods are told is not its own
+        told = [key for key in settings if key != METHOD and value_of(run, key) not in ("", "null")]
+        own = [
+            value_of(run, METHOD),
+            *(f"{key.rpartition('.')[2]} {value_of(run, key).strip('{}').replace(':', ' ')}" for key in told),
+        ]
+        return ", ".join(own) if len(own) <= 4 else run.id
     if not 0 < len(settings) <= 3:
         return run.id
     return ", ".join(f"{short(key)} {value_of(run, key) or '–'}" for key in settings)
@@ -158,7 +182,12 @@ def short(key: str) -> str:
 
 
 def plane(group: Group) -> tuple[int, int] | None:
-    """The first two settings whose values the runs combine, so that a map of them has rows and columns to compare."""
+    """The first two settings whose values the runs combine, so that a map of them has rows and columns to compare.
+
+    None where methods have each their own settings: a cell would mix trade-offs that are not the same.
+    """
+    if group.by_method and any(not value_of(run, key) for run in group.ended for key in group.settings):
+        return None
     for pair in combinations(range(len(group.settings)), 2):
         found = [tuple(value_of(run, list(group.settings)[i]) for i in pair) for run in group.ended]
         if len(set(found)) > max(len({cell[0] for cell in found}), len({cell[1] for cell in found})):
@@ -176,8 +205,8 @@ def figures(group: Group) -> list[Figure]:
         drawn.append(parallel(group))
     if group.ended and len(group.ended) <= MANY:
         drawn.append(win_rates(group))
-    if any(run.history for run in group.runs):
-        drawn.append(steps(group))
+    if any(run.history for run in group.runs) and (over_steps := steps(group)).panels:
+        drawn.append(over_steps)
     if group.ended:
         drawn.append(reward(group))
     if plane(group):
@@ -218,10 +247,14 @@ def datasets(group: Group, lines: int = 6000) -> dict[str, list[dict[str, Any]]]
 
 
 def _front(group: Group) -> dict[str, bool]:
-    if not group.ended:
-        return {}
-    kept = pareto.nondominated(group.points())
-    return {run.id: bool(flag) for run, flag in zip(group.ended, kept, strict=True)}
+    """By run: whether no other, or no other of its method where methods vary, beats it."""
+    front: dict[str, bool] = {}
+    methods = {run.id: value_of(run, METHOD) if group.by_method else "" for run in group.ended}
+    for method in dict.fromkeys(methods.values()):
+        own = [run for run in group.ended if methods[run.id] == method]
+        kept = pareto.nondominated(np.array([run.points(group.exact) for run in own]))
+        front |= {run.id: bool(flag) for run, flag in zip(own, kept, strict=True)}
+    return front
 
 
 def _row(group: Group, run: ReportedRun, front: bool | None, axes: tuple[int, int] | None) -> dict[str, Any]:
@@ -235,7 +268,7 @@ def _row(group: Group, run: ReportedRun, front: bool | None, axes: tuple[int, in
         "front": front,
         "settings": [value_of(run, key) for key in group.settings],
         "kl": (oracle.get("kl") if group.exact else None) or run.summary.get("kl"),
-        "okl": oracle.get("optimum_kl"),
+        "okl": oracle.get("optimum_kl") if _aimed(run) else None,
         "step": next((line["step"] for line in reversed(run.history)), None),
     }
     for k, result in enumerate(run.objectives.values()):
@@ -243,7 +276,7 @@ def _row(group: Group, run: ReportedRun, front: bool | None, axes: tuple[int, in
         if result.win_rate is None or result.ci95 is None:
             continue
         row[f"w{k}"], (row[f"l{k}"], row[f"h{k}"]) = result.win_rate, result.ci95
-        row[f"e{k}"], row[f"o{k}"] = result.exact, result.optimum
+        row[f"e{k}"], row[f"o{k}"] = result.exact, result.optimum if _aimed(run) else None
         row[f"x{k}"] = reached = result.exact if group.exact else result.win_rate
         if result.threshold is not None and reached is not None:
             row[f"m{k}"] = reached - result.threshold
@@ -252,14 +285,23 @@ def _row(group: Group, run: ReportedRun, front: bool | None, axes: tuple[int, in
     return {key: _rounded(value) for key, value in row.items() if value is not None}
 
 
+def _aimed(run: ReportedRun) -> bool:
+    """Whether (P) is what a run was to solve: thresholds were asked, or there is nothing to ask them of."""
+    return len(run.objectives) == 1 or any(r.threshold is not None for r in run.objectives.values())
+
+
 def colour_setting(group: Group) -> str | None:
-    """The setting that gives runs their colour where there are too many for a colour each."""
-    return next((key for key, values in group.settings.items() if 2 <= len(values) <= len(COLOURS)), None)
+    """The setting that gives runs their colour: the method, or the first where there are too many for a colour each."""
+    if group.by_method:
+        return METHOD
+    return next((key for key, values in group.settings.items() if 2 <= len(values) <= HUES), None)
 
 
 def shape_setting(group: Group) -> str | None:
-    """The next setting, which gives them their shape."""
-    fitting = [key for key, values in group.settings.items() if 2 <= len(values) <= len(SHAPES)]
+    """The setting that gives them their shape: the next, or the method again, as ten colours are hard to tell apart."""
+    if group.by_method:
+        return METHOD
+    fitting = [key for key, values in group.settings.items() if 2 <= len(values) <= HUES]
     return None if group.by_run or len(fitting) < 2 else fitting[1]
 
 
@@ -277,7 +319,7 @@ def shape_of(group: Group, run: ReportedRun) -> str:
 
 def _steps(run: ReportedRun, names: Sequence[str], most: int) -> list[dict[str, Any]]:
     """At most so many lines of metrics.jsonl at which something was measured anew, in short keys."""
-    keys = {"kl": "kl"}
+    keys = {"kl": "kl", **{short: key for short, (key, _) in PAIRS.items()}}
     for k, name in enumerate(names):
         keys |= {f"w{k}": f"win_rate/{name}", f"l{k}": f"lower/{name}"}
         keys |= {f"b{k}": f"threshold/{name}", f"d{k}": f"dual/{name}"}
@@ -318,7 +360,7 @@ def colour(group: Group) -> Spec:
     return {
         "field": "colour",
         "type": "nominal",
-        "scale": {"domain": domain, "range": COLOURS[: len(domain)]},
+        "scale": {"domain": domain, "range": [COLOURS[i % len(COLOURS)] for i in range(len(domain))]},
         "legend": legend if len(domain) > 1 else None,
     }
 
@@ -337,6 +379,10 @@ def stroke(group: Group) -> Spec:
 def shape(group: Group) -> Spec:
     key = shape_setting(group)
     domain = group.settings[key] if key else ["run"]
+    if key == METHOD:  # one legend for both
+        legend = {"title": short(key), "symbolOpacity": 1, "columns": _columns(domain)}
+        shapes = [SHAPES[i % len(SHAPES)] for i in range(len(domain))]
+        return {"field": "colour", "type": "nominal", "scale": {"domain": domain, "range": shapes}, "legend": legend}
     grey = {"fill": {"value": SOFT}, "stroke": {"value": SOFT}}
     return {
         "field": "shape",
@@ -407,6 +453,10 @@ def _common_floor(group: Group, name: str) -> float | None:
     return min((t for t in asked if t is not None), default=None) if asked and None not in asked else None
 
 
+def _floors(group: Group) -> bool:
+    return any(_common_floor(group, name) is not None for name in group.names)
+
+
 def _shade(**sides: float) -> Spec:
     """A shaded rectangle: what breaks a threshold."""
     encoding = {key: {"datum": value, "type": "quantitative"} for key, value in sides.items()}
@@ -430,11 +480,16 @@ def fronts(group: Group) -> Figure:
         if group.exact
         else "Markers are win rates on sampled responses; bars are their 95 % intervals."
     )
-    more = [what, "Shaded: below every threshold that was asked."]
+    links = group.exact and len(group.ended) <= MANY and any(_aimed(run) for run in group.ended)
+    more = [what, *(["Shaded: below every threshold that was asked."] if _floors(group) else [])]
     if len(group.ended) > 1:
-        more.append("Filled: no other run is at least as good in every objective and better in one; hollow: one is.")
+        which = "no other run of its method" if group.by_method else "no other run"
+        more.append(f"Filled: {which} is at least as good in every objective and better in one; hollow: one is.")
+    if group.by_method and len(group.names) == 2:
+        more.append("Lines join each method's filled runs.")
     if group.exact:
-        more.append("Crosses: the exact optimum at a run's thresholds and τ. Star: the reference model.")
+        more += ["Crosses: the exact optimum at a run's thresholds and τ."] if links else []
+        more.append("Star: the reference model.")
     front = exact_front(group)
     edges: list[list[Spec]] = [[] for _ in pairs]
     if front is not None:
@@ -442,7 +497,7 @@ def fronts(group: Group) -> Figure:
     if any(edges):
         more.append("The exact front is that of all policies whatever their KL" + (
             ", for these two objectives alone." if len(group.names) > 2 else "."))  # fmt: skip
-    shown = (any(edges), any(_asked(group, name) for name in group.names), group.exact and len(group.ended) <= MANY)
+    shown = (any(edges), any(_asked(group, name) for name in group.names), links)
     kinds = [kind for kind, there in zip(FRONT_LINES, shown, strict=True) if there]
     dashed = {kind: dashes(kinds, FRONT_LINES, kind) for kind in kinds}
     panels = [_pair(group, j, i, edge, dashed) for (i, j), edge in zip(pairs, edges, strict=True)]
@@ -482,6 +537,8 @@ def _pair(group: Group, across: int, up: int, edge: list[Spec], dashed: Mapping[
     present = {"filter": f"isValid(datum.x{across}) && isValid(datum.x{up})"}
     if "to the optimum of (P)" in dashed:
         layers += _links(across, up, x, y, tint, dashed["to the optimum of (P)"])
+    if group.by_method and len(names) == 2:
+        layers.append(_joined(x, y, tint))
     bars = visible(_faintness(group))
     layers += [
         _bar(x | {"field": f"l{across}"}, {"field": f"h{across}"}, y, None, tint, bars, present),
@@ -500,6 +557,13 @@ def _pair(group: Group, across: int, up: int, edge: list[Spec], dashed: Mapping[
     })  # fmt: skip
     layers += _reference(group, across, up, x, y)[: 2 if (up, across) == (0, 1) else 1]  # named once
     return {"layer": layers}
+
+
+def _joined(x: Spec, y: Spec, tint: Spec) -> Spec:
+    """A line through the front of each method."""
+    own = {"x": x, "y": y, "color": tint, "order": {"field": x["field"], "type": "quantitative"}}
+    return {"data": {"name": "runs"}, "transform": [{"filter": "datum.front"}],
+            "mark": {"type": "line", "strokeWidth": 1.2, "opacity": 0.75}, "encoding": own}  # fmt: skip
 
 
 def _faintness(group: Group) -> float:
@@ -565,9 +629,8 @@ def _reference(group: Group, across: int, up: int, x: Spec, y: Spec) -> list[Spe
         return []
     a, b = next(iter(found))
     place = {"x": x | {"field": "x"}, "y": y | {"field": "y"}}
-    star = "M0,-1L0.25,-0.34L0.95,-0.31L0.4,0.13L0.59,0.81L0,0.42L-0.59,0.81L-0.4,0.13L-0.95,-0.31L-0.25,-0.34Z"
     return [
-        {"data": {"values": [{"x": a, "y": b}]}, "encoding": place, "mark": {"type": "point", "shape": star,
+        {"data": {"values": [{"x": a, "y": b}]}, "encoding": place, "mark": {"type": "point", "shape": STAR,
          "size": 90, "filled": True, "color": INK, "tooltip": "the reference model"}},
         {"data": {"values": [{"x": a, "y": b}]}, "encoding": place, "mark": {"type": "text",
          "text": "reference", "dy": 15, "fontSize": 11, "color": SOFT}},
@@ -622,9 +685,11 @@ def win_rates(group: Group) -> Figure:
         only = [] if alone else [{"filter": {"field": "objective", "equal": name}}]
         tint = {"value": COLOURS[0]} if alone else colour(group) | {"legend": None}
         panels.append({"layer": _forest(x, y, own, only, tint), "rows": len(order), "wide": alone, "labels": first})
-    marks = ["Dots and bars: sampled win rates with 95 % intervals.", "Shaded: below the threshold."]
+    marks = ["Dots and bars: sampled win rates with 95 % intervals."]
+    marks += ["Shaded: below the threshold."] if any(_asked(group, name) for name in group.names) else []
     if group.exact:
-        marks += ["Diamonds: exact.", "Crosses: the exact optimum at these thresholds and τ."]
+        aimed = any(_aimed(run) for run in group.ended)
+        marks += ["Diamonds: exact.", *(["Crosses: the exact optimum at these thresholds and τ."] if aimed else [])]
     return Figure("win_rates", "Win rates", " ".join(marks), panels, height=0, label=min(36, max(map(len, order))))
 
 
@@ -651,13 +716,35 @@ def _forest(x: Spec, y: Spec, domain: tuple[float, float], only: list[Spec], tin
     ]  # fmt: skip
 
 
+PAIRS = {
+    "loss": ("loss", "loss"),
+    "better": ("preferred_logp", "log-prob of the preferred response, nats"),
+    "worse": ("other_logp", "log-prob of the other, nats"),
+    "order": ("accuracy", "pairs in the labels' order, share"),
+}  # what a method on labelled pairs logs: the key here, the key there, and the axis
+
+
 def steps(group: Group) -> Figure:
-    """Estimates against the truth at the end, multipliers and KL over the steps."""
+    """What runs have logged over the steps: estimates against the truth, multipliers and KL; losses and pairs."""
     names = group.names
-    panels = [_estimates(group, k) for k in range(len(names))]
-    panels += [_over_steps(group, f"d{k}", f"multiplier λ, {names[k]}", "step-after", 0.0)
-               for k in range(1, len(names))]  # fmt: skip
-    panels.append(_over_steps(group, "kl", "KL to the reference, nats", "linear", 0.0))
+    logged = {key for run in group.runs for line in run.history for key, value in line.items() if value is not None}
+    followed = [k for k, name in enumerate(names) if f"win_rate/{name}" in logged]
+    panels = [_estimates(group, k) for k in followed]
+    panels += [_over_steps(group, f"d{k}", f"multiplier λ, {names[k]}", "step-after", True)
+               for k in range(1, len(names)) if f"dual/{names[k]}" in logged]  # fmt: skip
+    if "kl" in logged:
+        panels.append(_over_steps(group, "kl", "KL to the reference, nats", "linear", True))
+    pairs = {short: told for short, told in PAIRS.items() if told[0] in logged}
+    if followed or group.by_method:
+        pairs.pop("loss", None)  # methods have each their own scale
+    panels += [_over_steps(group, short, title, "linear", False) for short, (_, title) in pairs.items()]
+    caption = _followed_caption(group) if followed else ""
+    if pairs:
+        caption += " What methods on labelled pairs log is of single batches."
+    return Figure("steps", "Over the steps", caption.strip(), panels, height=200)
+
+
+def _followed_caption(group: Group) -> str:
     caption = "The run's own estimate of each win rate"
     if len(group.runs) <= NAMED:
         caption += ", with its pessimistic lower bound and the threshold b."
@@ -666,8 +753,7 @@ def steps(group: Group) -> Figure:
     found = (["the evaluated win rate with its 95 % interval"] if len(group.ended) <= NAMED else []) + (
         ["the exact one (diamond)"] if group.exact and len(group.ended) <= MANY else []
     )
-    caption += f" At the end: {' and '.join(found)}." if found and group.ended else ""
-    return Figure("steps", "Over the steps", caption, panels, height=200)
+    return caption + (f" At the end: {' and '.join(found)}." if found and group.ended else "")
 
 
 def _estimates(group: Group, k: int) -> Spec:
@@ -727,9 +813,9 @@ def _truth(group: Group, k: int, x: Spec, y: Spec) -> list[Spec]:
     return found
 
 
-def _over_steps(group: Group, name: str, title: str, interpolate: str, least: float) -> Spec:
+def _over_steps(group: Group, name: str, title: str, interpolate: str, from_zero: bool) -> Spec:
     x, y = _step_axis(group), quantity(name, title)
-    y["scale"] = {"zero": True, "nice": True}
+    y["scale"] = {"zero": from_zero, "nice": True}
     line = {"type": "line", "strokeWidth": _weight(group), "interpolate": interpolate}
     encoding = {"x": x, "y": y, "detail": {"field": "run"}, "color": colour(group),
                 "opacity": visible(), "tooltip": tooltip(("run", "run"))}  # fmt: skip
@@ -778,7 +864,8 @@ def reward(group: Group) -> Figure:
     ends: Spec = {"data": {"name": "runs"}, "transform": [{"filter": "isValid(datum.x0) && isValid(datum.kl)"}]}
     layers: list[Spec] = []
     if trails:
-        layers.append({"data": {"name": "history"}, "mark": {"type": "line", "strokeWidth": 1.2},
+        layers.append({"data": {"name": "history"}, "transform": [{"filter": "isValid(datum.w0)"}],
+                       "mark": {"type": "line", "strokeWidth": 1.2},
                        "encoding": {"x": x, "y": y | {"field": "w0"}, "detail": {"field": "run"}, "color": tint,
                                     "order": {"field": "step", "type": "quantitative"}, "opacity": visible(0.5),
                                     "tooltip": tooltip(("run", "run"))}})  # fmt: skip
@@ -793,8 +880,10 @@ def reward(group: Group) -> Figure:
                    "encoding": {"x": x, "y": y, "color": tint, "shape": shape(group), "opacity": visible(),
                                 "tooltip": run_tooltip(group)}})  # fmt: skip
     caption = f"What {name} gained for how far the policy moved. Markers: at the end, with 95 % intervals."
-    caption += " Thin lines: the run's own estimates on its way." if trails else ""
-    caption += " Crosses: the exact optima." if group.exact and len(group.ended) <= MANY else ""
+    estimated = any(line.get(f"win_rate/{name}") is not None for run in group.runs for line in run.history)
+    caption += " Thin lines: the run's own estimates on its way." if trails and estimated else ""
+    crosses = group.exact and len(group.ended) <= MANY and any(_aimed(run) for run in group.ended)
+    caption += " Crosses: the exact optima." if crosses else ""
     return Figure("reward_kl", "Reward against KL", caption, [{"layer": layers, "wide": True}], height=300, columns=1)
 
 

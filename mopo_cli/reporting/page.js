@@ -46,6 +46,8 @@
 
   function filter() {
     const tests = $("filter").value.trim().split(/\s+/).filter(Boolean).map(test);
+    const method = $("method")?.value;
+    if (method) tests.push((row) => value(row, data.method) === method);
     for (const row of rows) row.hidden = !tests.every((passes) => passes(row));
     const left = rows.filter((row) => !row.hidden).length;
     $("count").textContent = left === rows.length ? "" : `${left} of ${rows.length}`;
@@ -75,6 +77,7 @@
       button.onclick = () => sortBy(button.closest("th"), Number(button.dataset.column));
     }
     $("filter").oninput = filter;
+    if ($("method")) $("method").onchange = filter;
     $("clear").onclick = () => { for (const run of [...chosen]) choose(run, false); };
     $("csv").onclick = () => save(new Blob([data.csv], { type: "text/csv" }), `${data.name}.csv`);
     $("table").tBodies[0].onchange = (event) => choose(event.target.closest("tr").dataset.run, event.target.checked);

@@ -20,7 +20,7 @@ from mopo_cli import __version__
 from mopo_cli.reporting import charts
 from mopo_cli.reporting.charts import Figure, Group
 from mopo_cli.reporting.quality import Quality
-from mopo_cli.reporting.runs import ReportedRun, shown, value_of, varying_settings
+from mopo_cli.reporting.runs import METHOD, ReportedRun, shown, value_of, varying_settings
 
 SAMPLE_BUDGET = 1_000_000  # characters of responses in a page
 LONGEST = 4000  # characters shown of one text
@@ -82,6 +82,7 @@ def render(report: Report) -> str:
         columns=columns,
         rows=rows,
         objectives=objective_table(report.runs[0]) if len(report.runs) == 1 else None,
+        methods=varying_settings(report.runs).get(METHOD, []) if len(report.runs) > 1 else [],
         facts=facts(report.runs[0]) if len(report.runs) == 1 else [],
         planes=[charts.plane(section.group) for section in report.sections],
         numbers=[numbers(section.quality) if section.quality else [] for section in report.sections],
@@ -146,6 +147,7 @@ def payload(report: Report, columns: Sequence[Column], rows: Sequence[tuple[Repo
         "values": {run.id: [cell.value for cell in cells] for run, cells in rows},
         "samples": samples(report),
         "csv": csv_text(report),
+        "method": next((i for i, column in enumerate(columns) if column.help == METHOD), -1),
         "name": re.sub(r"[^\w.=,-]+", "_", report.title) or "mopo",
     }
 
@@ -225,6 +227,7 @@ def _verdict(kept: bool | None, yes: str = "kept", no: str = "broken") -> Cell:
 def objective_table(run: ReportedRun) -> list[dict[str, Any]]:
     """The final table of one run, a row an objective."""
     accuracy = run.summary.get("heldout_accuracy") or {}
+    asked = len(run.objectives) == 1 or any(r.threshold is not None for r in run.objectives.values())
     return [
         {
             "name": name,
@@ -233,7 +236,7 @@ def objective_table(run: ReportedRun) -> list[dict[str, Any]]:
             "rate": _rates(run, name, False)[0].text,
             "verdict": _verdict(r.satisfied),
             "exact": _number(r.exact, 3).text,
-            "optimum": _number(r.optimum, 3).text,
+            "optimum": _number(r.optimum if asked else None, 3).text,
             "estimated": _number(r.estimated, 3).text,
             "dual": _number(r.dual, 3).text,
             "accuracy": "" if accuracy.get(name) is None else f"{accuracy[name]:.1%}",
@@ -246,15 +249,19 @@ def objective_table(run: ReportedRun) -> list[dict[str, Any]]:
 def facts(run: ReportedRun) -> list[tuple[str, str]]:
     """What else is worth knowing of one run, as a heading and a text each."""
     train, oracle = run.summary.get("train") or {}, run.summary.get("oracle") or {}
-    found: list[tuple[str, str]] = [("state", run.state)]
+    found: list[tuple[str, str]] = [("state", run.state), *([("method", run.method)] if run.method else [])]
+    if run.summary.get("condition"):
+        found.append(("asked behind", str(run.summary["condition"])))
     if run.summary.get("kl") is not None:
         exact = f", exact {oracle['kl']:.3f}" if oracle.get("kl") is not None else ""
         found.append(("KL to the reference", f"{run.summary['kl']:.3f} nats{exact}"))
-    if oracle.get("gap") is not None:
+    if oracle.get("gap") is not None and any(result.threshold is not None for result in run.objectives.values()):
         found.append(("below the optimum", f"{oracle['gap']:.3f} of the primary's win rate"))
     last = next((line["step"] for line in reversed(run.history)), None)
     if train.get("steps") or last:
         found.append(("steps", str(train.get("steps") or last)))
+    if train.get("samples"):
+        found.append(("samples drawn in training", f"{train['samples']:,}"))
     if train.get("wall_seconds"):
         found.append(("time", _duration(train["wall_seconds"])))
     if train.get("pairs_per_second"):
@@ -404,7 +411,7 @@ def command_of(run: ReportedRun) -> str:
         return text
     kept = [w for w in words[2:] if w not in ("-m", "--multirun") and _key(w) not in run.varying
             and not _key(w).startswith("sweep.")]  # fmt: skip
-    point = [f"{key}={value}" for key, value in run.varying.items()]
+    point = [f"{key}={value}" for key, value in run.varying.items() if value]
     return shlex.join(["mopo", "sweep", *kept, *point])
 
 

@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mopo_cli.config import option_name
 from mopo_cli.errors import UserError
 from mopo_cli.pareto import Prompts
 from mopo_cli.runs import RunDirectory, read_json, read_lines
 
+METHOD = "algorithm"  # the setting that names a run's method
 NO_SETTING = ("run.", "sweep.", "logger.", "experiment.", "debug", "cache", "log_every", "checkpoint_every")
 
 
@@ -57,6 +59,7 @@ class ReportedRun:
     answers: Sequence[Answer]
     summary: Mapping[str, Any]  # empty where the run has not ended
     problem: str | None  # why it has no results
+    method: str = ""  # the algorithm's name; empty where nothing tells
 
     @property
     def finished(self) -> bool:
@@ -108,7 +111,13 @@ def read_run(path: Path, name: str | None = None, varying: Mapping[str, Any] | N
         answers=_answers(run) if summary else [],
         summary=summary,
         problem=problem or _error(run),
+        method=str(summary.get(METHOD) or _method(settings)),
     )
+
+
+def _method(settings: Mapping[str, Any]) -> str:
+    algorithm = settings.get(METHOD)
+    return option_name(algorithm) if isinstance(algorithm, dict) else ""
 
 
 def _settings(run: RunDirectory) -> dict[str, Any]:
@@ -239,15 +248,27 @@ def varying_settings(runs: Sequence[ReportedRun]) -> dict[str, list[str]]:
     else:
         known = [run for run in runs if run.settings]
         every = dict.fromkeys(key for run in known for key in run.settings if not key.startswith(NO_SETTING))
-        keys = [key for key in every if len({shown(run.settings.get(key)) for run in known}) > 1]
+        keys = [key for key in every if _varies(key, known)]
+        keys = [METHOD, *keys] if len({run.method for run in known}) > 1 else keys
     values = {key: sorted({value_of(run, key) for run in runs} - {""}, key=in_order) for key in keys}
     return {key: found for key, found in values.items() if found}
+
+
+def _varies(key: str, runs: Sequence[ReportedRun]) -> bool:
+    """Whether a setting differs between runs; one of a method's own counts where runs of that method differ."""
+    own = key.startswith(f"{METHOD}.") and key not in (f"{METHOD}.name", f"{METHOD}._target_")
+    methods = {run.method for run in runs} if key.startswith(f"{METHOD}.") else {""}
+    groups = [[run for run in runs if run.method == method] if own else runs for method in methods]
+    named = len(methods) > 1 and key.startswith(f"{METHOD}.") and not own
+    return not named and any(len({shown(run.settings.get(key)) for run in group}) > 1 for group in groups)
 
 
 def value_of(run: ReportedRun, key: str) -> str:
     """A setting of a run as text; empty where it has none."""
     if key in run.varying:
         return run.varying[key]
+    if key == METHOD:
+        return run.method
     return shown(run.settings[key]) if key in run.settings else ""
 
 
