@@ -1,6 +1,6 @@
 """Parity with TRL's DPOTrainer: losses and gradients of our pairwise methods on the same models and the same pairs.
 
-TRL is found by TRL_PYTHON, the interpreter of an environment that has it (such as `make bench` makes), else here.
+TRL is looked for here (the extra mopo[parity]) and where TRL_PYTHON, an interpreter, has it (as `make bench` does).
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ SETTINGS = {  # ours, of the same loss
     "ipo": {"loss": "ipo", "length_normalised": True},
 }
 
-pytestmark = pytest.mark.skipif(PYTHON is None, reason="TRL is not installed; TRL_PYTHON=PYTHON names one that has it")
+pytestmark = pytest.mark.skipif(
+    PYTHON is None, reason="needs TRL: the extra mopo[parity], or TRL_PYTHON=PYTHON of an environment that has it"
+)
 
 
 @pytest.fixture(scope="module", params=list(ARCHITECTURES))

@@ -20,7 +20,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from mopo_cli.algorithms.dpo import Dpo
 from mopo_cli.console import say, warn
 from mopo_cli.errors import UserError
-from mopo_cli.inputs import Inputs
 from mopo_cli.models.reference import Snapshot, put, snapshot
 from mopo_cli.models.save import inner, load_weights, lora_of, rank_and_alpha, saved_weights, set_rank
 from mopo_cli.pairwise import normalised_weights
@@ -138,7 +137,7 @@ def given_experts(names: Sequence[str], experts: Mapping[str, str] | None) -> di
 
 def check_expert(setting: Setting, name: str, path: Path) -> None:
     """UserError where a given policy cannot be mixed with this run's; a warning where it had another start."""
-    inputs: Inputs = setting.inputs
+    inputs = setting.inputs
     key = f"algorithm.experts.{name}"
     if found := differences(inputs.policy, inputs.tokenizer, path):
         raise UserError(f"{key}: {path} cannot be part of this soup, since it differs from the run's model: {found}")
