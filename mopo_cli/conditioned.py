@@ -260,7 +260,7 @@ def fit_rounds(
         if t:
             rounds.append(_round(setting, f"{name}-round-{t}", done > first, lambda t=t: draw(t)))
             work.samples += rounds[-1].samples
-            told = "  ".join(f"{key} {value:.3g}" for key, value in rounds[-1].told.items())
+            told = "  ".join(f"{key} {_number(value)}" for key, value in rounds[-1].told.items())
             say(f"{title}: {told}")
         if done > first + steps:
             work.steps += steps
@@ -268,6 +268,10 @@ def fit_rounds(
             fit_lessons(setting, learnt(rounds) if t else start, work, title=title, steps=steps, first=first)
         first += steps
     return rounds
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _round(setting: Setting, name: str, passed: bool, draw: Callable[[], Round]) -> Round:

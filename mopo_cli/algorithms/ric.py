@@ -7,6 +7,8 @@ something open or differ:
   rounded to 0.1; they stand in front of the prompt, as "helpful 1.2 harmless -0.4", not between prompt and response.
 - The code asks for targets between the extremes of 1e5 normal draws, about -4.3 and 4.3, which no data reach:
   extremes=normal. The default, extremes=data, asks for the training responses' own outer quantiles. Both are stored.
+  On the embedded world (K = 2, 600 steps) one policy's exact win rates range from (0.83, 0.22) to (0.14, 0.80) by the
+  data's extremes, and from (0.59, 0.54) to (0.38, 0.66) by the normal ones, which are scores it has never met.
 - The filter keeps a sample where any score reaches the quantile of that score over the samples; the data's responses
   are filtered by quantiles of their own, as in the code.
 - A sample that does not end, or is less likely under the reference than nearly all of the data's responses, is left
