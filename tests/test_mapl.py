@@ -213,6 +213,8 @@ class TestBadInput:
 class TestRuns:
     """On the embedded world, with one cache: the reference and preference model are fitted once."""
 
+    DPO = ("algorithm=dpo", "algorithm.weights={helpful: 2, concise: 1}")
+
     @pytest.fixture(scope="class")
     def place(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return tmp_path_factory.mktemp("mapl")
@@ -224,7 +226,7 @@ class TestRuns:
         return place / name
 
     def test_without_augmentation_it_is_dpo(self, run_here: Run, place: Path):
-        dpo = self.run(run_here, place, "dpo", "algorithm=dpo", "algorithm.weights={helpful: 2, concise: 1}")
+        dpo = self.run(run_here, place, "dpo", *self.DPO)
         expected = load_file(dpo / "model" / "model.safetensors")
         for name, off in (
             ("factors", ("algorithm.intra=0", "algorithm.inter=0")),
@@ -245,7 +247,8 @@ class TestRuns:
         assert set(accuracy) == {"before", "after"}
         assert all(len(values) == 3 for each in accuracy.values() for values in each.values())
         assert sum(accuracy["after"]["intra"]) > sum(accuracy["before"]["intra"])
-        judges = [load_file(place / n / "preference_model" / "preference_model.safetensors") for n in ("dpo", "whole")]
+        dpo = self.run(run_here, place, "dpo", *self.DPO)
+        judges = [load_file(run / "preference_model" / "preference_model.safetensors") for run in (dpo, whole)]
         assert all(torch.equal(judges[0][key], value) for key, value in judges[1].items())
 
         *lines, last = read_metrics(whole)

@@ -14,9 +14,9 @@ r(x_2, y') where y follows more of its instructions than y' of its own. The loss
 `intra` and `inter` times the means over their comparisons.
 
 The intra-sample loss compares absolute log-probs of the data's responses across prompts, so a policy can lower it by
-taking mass from all of them behind x_l, which shows behind plain prompts too: in the embedded world a factor of 1 left
-39 % of the mass on the world's responses where DPO left 82 %. Hence its small default; a preference model, which has no
-mass to lose, has factors of its own.
+taking mass from all of them behind x_l, which shows behind plain prompts too: in the embedded world (one seed) factors
+of 1, 0.1 and 0.01 left 39, 29 and 63 % of the mass on the world's responses, none at all 81 %. Hence its small default;
+a preference model, which has no mass to lose, has factors of its own.
 
 The parent's finding that one must augment both sides, preferred responses that violate instructions and others that
 satisfy them, is met by writing instructions without a look at labels.
