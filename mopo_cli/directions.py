@@ -61,16 +61,71 @@ class Directions:
         ]
         return spelled(self.names, targets, self.decimals)
 
+    @property
+    def span(self) -> str:
+        """What it can be asked for, for a reader."""
+        ends = zip(self.names, self.low, self.high, strict=True)
+        return ", ".join(f"{n} {low:.{self.decimals}f} to {high:.{self.decimals}f}" for n, low, high in ends)
+
+    @property
+    def examples(self) -> list[dict[str, float]]:
+        """Each objective alone, and all alike."""
+        return [*({name: 1.0} for name in self.names), dict.fromkeys(self.names, 1.0)]
+
     def save(self, model: Path) -> None:
         write_json(model / FILE, asdict(self))
 
 
-def directions_of(model: Path) -> Directions | None:
+@dataclass(frozen=True, slots=True)
+class Levels:
+    """What a policy understands that is told thresholds: for each secondary objective, those it was trained for."""
+
+    names: tuple[str, ...]  # of the secondaries
+    levels: tuple[tuple[float, ...], ...]  # of each, rising
+
+    def point(self, asked: Mapping[str, float]) -> tuple[float, ...]:
+        """Of each objective the least level as high as what is asked, or the highest; the lowest where nothing is."""
+        return tuple(
+            next((level for level in levels if level >= asked.get(name, 0.0) - 1e-9), levels[-1])
+            for name, levels in zip(self.names, self.levels, strict=True)
+        )
+
+    def told(self, point: Sequence[float]) -> str:
+        """The condition of one of the trained points, in per cent: "harmless 55"."""
+        return spelled(self.names, [100.0 * b for b in point], 0)
+
+    def condition(self, direction: Mapping[str, float] | None, key: str = "direction") -> str:
+        """The text for thresholds {objective: win rate}; UserError where one names no secondary, or is no win rate."""
+        for name, b in (direction or {}).items():
+            if name not in self.names:
+                raise UserError(f"{key}: {name} has no threshold; this policy is told those of {', '.join(self.names)}")
+            if not 0 < b < 1:
+                raise UserError(f"{key}: {name}={b:g}: must be a threshold, a win rate in (0, 1)")
+        return self.told(self.point(direction or {}))
+
+    @property
+    def span(self) -> str:
+        """What it can be asked for, for a reader."""
+        known = zip(self.names, self.levels, strict=True)
+        return "thresholds of " + "; ".join(f"{n} {', '.join(f'{b:g}' for b in levels)}" for n, levels in known)
+
+    @property
+    def examples(self) -> list[dict[str, float]]:
+        """The lowest thresholds, and the highest."""
+        return [dict(zip(self.names, (levels[end] for levels in self.levels), strict=True)) for end in (0, -1)]
+
+    def save(self, model: Path) -> None:
+        write_json(model / FILE, asdict(self))
+
+
+def directions_of(model: Path) -> Directions | Levels | None:
     """What the policy in a model directory understands; None for one that takes no direction."""
     if not (model / FILE).is_file():
         return None
     values: dict[str, Any] = read_json(model / FILE)
     try:
+        if "levels" in values:
+            return Levels(tuple(values["names"]), tuple(map(tuple, values["levels"])))
         names, low, high = (tuple(values[key]) for key in ("names", "low", "high"))
         return Directions(names, low, high, str(values["map"]), int(values["decimals"]))
     except (KeyError, TypeError, ValueError):

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from mopo_cli.directions import Directions
+from mopo_cli.directions import Directions, Levels
 
 VERDICTS = {"yes": "yes", "no": "no", "undecided": "undecided (the interval holds the threshold)"}
 
@@ -19,7 +19,7 @@ def model_card(
     adapter: bool = False,
     prompt: str | None = None,
     evaluation: Mapping[str, Any] | None = None,
-    directions: Directions | None = None,
+    directions: Directions | Levels | None = None,
 ) -> str:
     """Markdown with the hub's metadata in front.
 
@@ -111,7 +111,7 @@ def _beside(measured: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _told(condition: str, directions: Directions | None) -> list[str]:
+def _told(condition: str, directions: Directions | Levels | None) -> list[str]:
     """What stands in front of a prompt, and what else may stand there."""
     lines = [
         "## What the model is told",
@@ -121,28 +121,20 @@ def _told(condition: str, directions: Directions | None) -> list[str]:
     ]
     if directions is None:
         return [*lines, ""]
-    ends = zip(directions.names, directions.low, directions.high, strict=True)
-    span = ", ".join(
-        f"{_text(n)} {low:.{directions.decimals}f} to {high:.{directions.decimals}f}" for n, low, high in ends
-    )
-    corners = [{name: 1.0} for name in directions.names]
+    examples = directions.examples
     lines += [
-        f"It knows {span}. A direction of preference becomes such a line:",
+        f"It knows {_text(directions.span)}. What is wanted becomes such a line:",
         "",
         "| direction | line |",
         "|---|---|",
-        *(f"| {_direction(one)} | `{_code(directions.condition(one))}` |" for one in (*corners, _alike(directions))),
+        *(f"| {_direction(one)} | `{_code(directions.condition(one))}` |" for one in examples),
         "",
         "Responses at a direction, with this folder or the run's:",
         "",
-        f'    mopo sample run=. direction="{_direction(_alike(directions))}" prompt="How do I boil an egg?"',
+        f'    mopo sample run=. direction="{_direction(examples[-1])}" prompt="How do I boil an egg?"',
         "",
     ]
     return lines
-
-
-def _alike(directions: Directions) -> dict[str, float]:
-    return dict.fromkeys(directions.names, 1.0)
 
 
 def _direction(weights: Mapping[str, float]) -> str:

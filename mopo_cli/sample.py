@@ -137,8 +137,8 @@ def condition_of(entrant: Entrant, direction: str | None) -> str:
     known = directions_of(entrant.model)
     if known is None:
         raise UserError(
-            f"direction={direction}: {entrant.path} takes no direction; policies trained by algorithm=dpa or "
-            "algorithm=ric do"
+            f"direction={direction}: {entrant.path} takes no direction; policies trained by algorithm=dpa, "
+            "ric or mopo_conditioned do"
         )
     return known.condition(parsed(direction))
 

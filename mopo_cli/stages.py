@@ -26,7 +26,7 @@ from mopo_cli.tracking import Tracker
 from mopo_cli.trainer import Progressed, Task, Trainer
 
 if TYPE_CHECKING:
-    from mopo_cli.directions import Directions
+    from mopo_cli.directions import Directions, Levels
     from mopo_cli.inputs import Inputs
 
 
@@ -78,7 +78,7 @@ class Aligned:
 
     work: Work
     condition: str = ""  # what stands in front of each prompt when this policy is asked (data/tokens.py)
-    directions: Directions | None = None  # what else it may be asked, where that is a direction
+    directions: Directions | Levels | None = None  # what else it may be asked, where that is a direction
     thresholds: dict[str, float] = field(default_factory=dict)  # asked of the secondaries in the end
     duals: dict[str, float] = field(default_factory=dict)
     estimated: dict[str, float] = field(default_factory=dict)  # the run's own last word on R_k

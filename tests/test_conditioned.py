@@ -406,4 +406,4 @@ class TestRuns:
 def test_a_run_of_another_method_takes_no_direction(smoke: Path, run_here: Run):
     done = run_here("sample", f"run={smoke}", "prompt=a", "direction=helpful=1")
     assert done.status == 2
-    assert "takes no direction; policies trained by algorithm=dpa or algorithm=ric do" in done.err
+    assert "takes no direction; policies trained by algorithm=dpa, ric or mopo_conditioned do" in done.err

@@ -11,11 +11,10 @@ from running import TINY, Finished, read_json, read_metrics, results, stop_when
 
 from mopo_cli.algorithms.mopo_conditioned import (
     MopoConditioned,
-    condition_text,
     grid_of,
-    nearest_above,
     spread_levels,
 )
+from mopo_cli.directions import Levels, directions_of
 from mopo_cli.errors import UserError
 
 NAMES = ("helpful", "harmless", "concise")
@@ -32,19 +31,34 @@ class TestGrid:
         assert grid_of([(0.4, 0.5), (0.6,)]) == [(0.4, 0.6), (0.5, 0.6)]
 
     def test_a_threshold_between_two_levels_is_kept_by_the_higher(self):
-        levels = (0.45, 0.55, 0.65)
-        assert [nearest_above(levels, b) for b in (0.3, 0.45, 0.451, 0.55, 0.6)] == [0.45, 0.45, 0.55, 0.55, 0.65]
-        assert nearest_above(levels, 0.7) == 0.65
+        levels = Levels(("harmless",), ((0.45, 0.55, 0.65),))
+        asked = (0.3, 0.45, 0.451, 0.55, 0.6, 0.7)
+        assert [levels.point({"harmless": b})[0] for b in asked] == [0.45, 0.45, 0.55, 0.55, 0.65, 0.65]
 
     def test_levels_go_from_what_is_to_nearly_what_is_attainable(self):
         assert spread_levels(0.5, 0.7, 3) == (0.5, 0.59, 0.68)
         assert spread_levels(0.5, 0.5, 3) == (0.5,)  # nothing to gain
 
-    def test_the_condition_is_in_per_cent(self):
-        assert condition_text(NAMES[1:], (0.55, 0.5)) == "harmless 55 concise 50"
+    def test_the_condition_is_in_per_cent(self, tmp_path: Path):
+        levels = Levels(NAMES[1:], ((0.45, 0.55), (0.5,)))
+        assert levels.condition({"harmless": 0.5}) == "harmless 55 concise 50"
+        assert levels.condition(None) == "harmless 45 concise 50"
+        levels.save(tmp_path)
+        assert directions_of(tmp_path) == levels
+
+    @pytest.mark.parametrize(
+        ("direction", "message"),
+        [
+            ({"helpful": 0.5}, "direction: helpful has no threshold; this policy is told those of harmless, concise"),
+            ({"harmless": 55.0}, "direction: harmless=55: must be a threshold, a win rate"),
+        ],
+    )
+    def test_what_it_cannot_be_told_is_said(self, direction: dict[str, float], message: str):
+        with pytest.raises(UserError, match=message):
+            Levels(NAMES[1:], ((0.45, 0.55), (0.5,))).condition(direction)
 
     def test_the_context_keeps_room_for_the_longest(self):
-        assert len(method().longest_condition) >= len(condition_text(NAMES[1:], (0.99, 0.99)))
+        assert len(method().longest_condition) >= len("harmless 99 concise 99")
 
 
 class TestSettings:
@@ -88,6 +102,8 @@ class TestTraining:
             assert set(summary["duals"]) == {"harmless"}
         weights = [(here / f"b{b}" / "model" / "model.safetensors").read_bytes() for b in (0.5, 0.57)]
         assert weights[0] == weights[1]
+        told = run_here("sample", "run=b0.5", "prompt=How do I bake a cake?", "direction=harmless=0.55", "compare=0")
+        assert (told.status, "told: harmless 60" in told.out) == (0, True), told.err
         assert "point/harmless 60/dual/harmless" in read_metrics(here / "b0.5")[-1]
 
     def test_a_killed_run_goes_on_to_the_same_end(self, run_here: Run, here: Path):

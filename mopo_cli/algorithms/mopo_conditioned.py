@@ -25,8 +25,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mopo_cli.algorithms.mopo import Estimate, Mopo, against_all, regression_loss, sampled_estimate
 from mopo_cli.cache import kept_logps
-from mopo_cli.console import say, warn
+from mopo_cli.console import warn
 from mopo_cli.data.tokens import Encoder, TokenRow, batch_rows, row_length
+from mopo_cli.directions import Levels, spelled
 from mopo_cli.errors import UserError
 from mopo_cli.judges import encoded_prompt
 from mopo_cli.judging import SUPPORTING, JudgedRows, empirical, judge_rows, judge_samples, support_floor
@@ -41,20 +42,9 @@ POOL = 32  # samples of the reference a prompt, for the offline dual
 REACH = 0.9  # of the way from the reference's win rate to the attainable one: the highest threshold of a grid
 
 
-def condition_text(names: Sequence[str], thresholds: Sequence[float]) -> str:
-    """What stands in front of a prompt: each secondary with its threshold in per cent, as "harmless 55"."""
-    return " ".join(f"{name} {100 * b:.0f}" for name, b in zip(names, thresholds, strict=True))
-
-
 def grid_of(levels: Sequence[Sequence[float]]) -> list[tuple[float, ...]]:
     """Every combination of the secondaries' thresholds."""
     return list(itertools.product(*levels))
-
-
-def nearest_above(levels: Sequence[float], asked: float) -> float:
-    """The least level that is as high as what is asked; the highest where none is."""
-    above = [level for level in levels if level >= asked - 1e-9]
-    return min(above) if above else max(levels)
 
 
 def spread_levels(least: float, best: float, count: int) -> tuple[float, ...]:
@@ -92,7 +82,7 @@ class MopoConditioned:
         self.names, self.thresholds, self.tau, self.epsilon = names, thresholds, tau, epsilon
         self.delta, self.dual_rate, self.max_dual, self.fresh_responses = delta, dual_rate, max_dual, fresh_responses
         self.levels = _checked_levels(names[1:], levels)
-        self.longest_condition = condition_text(names[1:], [1.0] * (len(names) - 1))
+        self.longest_condition = spelled(names[1:], [100.0] * (len(names) - 1), 0)
         self.method((0.5,) * (len(names) - 1))  # raises where a setting is wrong
 
     def method(self, thresholds: tuple[float, ...]) -> Mopo:
@@ -123,20 +113,22 @@ class MopoConditioned:
 
         found = kept_policy(setting, "mopo_conditioned", about, work, fit)
         grid = [tuple(point) for point in found["grid"]]
-        levels = [sorted({point[j] for point in grid}) for j in range(len(self.names) - 1)]
-        asked = [0.5 if b is None else b for b in self.thresholds]  # about as good as the data's responses
-        point = tuple(nearest_above(level, b) for level, b in zip(levels, asked, strict=True))
-        for name, b, level in zip(self.names[1:], asked, point, strict=True):
+        secondaries = self.names[1:]
+        known = Levels(secondaries, tuple(tuple(sorted({p[j] for p in grid})) for j in range(len(secondaries))))
+        given = zip(secondaries, self.thresholds, strict=True)
+        asked = {name: 0.5 if b is None else b for name, b in given}  # without one, as good as the data's responses
+        point = known.point(asked)
+        for (name, b), level in zip(asked.items(), point, strict=True):
             if b > level + 1e-9:
                 warn(f"objectives.{name}.threshold={b:g}: the policy was trained for at most {level:g}")
         place = grid.index(point)
         duals, estimated = found["duals"][place], found["estimated"][place]
-        say(f"asked with: {condition_text(self.names[1:], point)}")
         return Aligned(
             finished(work),
-            condition=condition_text(self.names[1:], point),
-            thresholds=dict(zip(self.names[1:], asked, strict=True)),
-            duals=dict(zip(self.names[1:], duals, strict=True)),
+            condition=known.told(point),
+            directions=known,
+            thresholds=asked,
+            duals=dict(zip(secondaries, duals, strict=True)),
             estimated=dict(zip(self.names, estimated, strict=True)),
             estimator="onpolicy",
             attainable=found["attainable"],
@@ -304,7 +296,7 @@ class Grid:
     def _set_grid(self, grid: Sequence[tuple[float, ...]]) -> None:
         self.grid = list(grid)
         self.methods = [self.settings.method(point) for point in self.grid]
-        texts = [condition_text(self.settings.names[1:], point) for point in self.grid]
+        texts = [spelled(self.settings.names[1:], [100.0 * b for b in point], 0) for point in self.grid]
         self.encoders = [self.encoder.conditioned(text) for text in texts]
 
     def before_step(self, step: int) -> None:
