@@ -23,7 +23,7 @@ from mopo_cli.errors import UserError
 from mopo_cli.models.reference import Snapshot, put, snapshot
 from mopo_cli.models.save import inner, load_weights, lora_of, rank_and_alpha, saved_weights, set_rank
 from mopo_cli.pairwise import normalised_weights
-from mopo_cli.runs import RunDirectory
+from mopo_cli.runs import RunDirectory, read_json
 from mopo_cli.stages import Aligned, Setting, Work, finished
 
 MERGES = ("factors", "products")
@@ -174,6 +174,9 @@ def differences(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, directory
         rank, alpha = rank_and_alpha(directory)
         if (rank, alpha) != (lora.r, lora.lora_alpha):
             return f"its LoRA has r={rank} and alpha={alpha}, the run's r={lora.r} and alpha={lora.lora_alpha}"
+        base = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
+        if base != lora.base_model_name_or_path:
+            return f"its adapter belongs to {base}, the run's to {lora.base_model_name_or_path}"
         own = get_peft_model_state_dict(model)
     else:
         own = model.state_dict()
