@@ -64,6 +64,8 @@ def train(config: TrainConfig, composed: DictConfig, run: RunDirectory, accelera
     quiet_libraries()
     set_seed(config.seed)
     inputs = prepare_inputs(config)
+    if check := getattr(inputs.method, "check", None):
+        check(inputs)
     with recorded(accelerator, config, composed, run, inputs.data) as tracker:
         fit_or_load_reference(config, accelerator, inputs, run.reference)
         initial = snapshot(inputs.policy)
