@@ -159,8 +159,8 @@ def compare_start(setting: Setting, name: str, path: Path) -> None:
     put(inputs.policy, setting.initial)
     if any(not torch.equal(now[name], value) for name, value in setting.initial.items()):
         warn(
-            f"algorithm.experts.{name}: {path} was trained from another reference than this run's; weights without a common start seldom "
-            "mix"
+            f"algorithm.experts.{name}: {path} was trained from another reference than this run's; weights without a "
+            "common start seldom mix"
         )
 
 
