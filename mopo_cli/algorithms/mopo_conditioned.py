@@ -37,7 +37,7 @@ from mopo_cli.models.logprobs import all_logps, response_logps
 from mopo_cli.models.reference import reference_logps
 from mopo_cli.models.sampling import Drawn, sample
 from mopo_cli.oracle import attainable, policy_win_rates, solve
-from mopo_cli.stages import Aligned, Setting, Work, finished, kept_policy, mix, run_stage
+from mopo_cli.stages import Aligned, Setting, Work, finished, kept_policy, mix, rows_a_step, run_stage
 from mopo_cli.trainer import Progressed, Task, Trainer
 
 POOL = 32  # samples of the reference a prompt, for the offline dual
@@ -206,7 +206,7 @@ class Grid:
         self.train, self.heldout = train, heldout
         self.policy, self.encoder, self.collate = inputs.policy, inputs.encoder, inputs.collate
         self.onpolicy, self.seed, self.initial = config.onpolicy, config.seed, setting.initial
-        self.size = config.batch_size * config.gradient_accumulation * setting.accelerator.num_processes
+        self.size = rows_a_step(setting)
         self.floor = -math.inf
         self.reference: dict[int, Tensor] = {}
         self.fresh: dict[int, Fresh] = {}
@@ -264,14 +264,16 @@ class Grid:
     # ------------------------------------------------------------------ the stage's hooks
 
     def prepare(self, start: int) -> None:
-        """Log pi_ref of every row, the data's support, the grid and its multipliers; a checkpoint brings its own."""
+        """Log pi_ref of the rows to come, the data's support, the grid and its multipliers; a checkpoint brings its own."""
         if start:
             return
-        rows = [*self.heldout.tokens[:SUPPORTING], *self.train.tokens]
+        steps = range(self.trainer.steps)
+        visited = sorted({row for s in steps for row in batch_rows(len(self.train.tokens), self.size, self.seed, s)})
+        rows = [*self.heldout.tokens[:SUPPORTING], *(self.train.tokens[i] for i in visited)]
         logps = kept_logps(self.setting.accelerator, self.setting.config.cache, self.policy, rows, self.collate)
-        supporting = len(rows) - len(self.train.tokens)
+        supporting = len(rows) - len(visited)
         self.floor = support_floor(logps[:supporting], self.onpolicy.support)
-        self.reference = dict(enumerate(logps[supporting:]))
+        self.reference = dict(zip(visited, logps[supporting:], strict=True))
         self.begin()
 
     def begin(self) -> None:
