@@ -264,7 +264,7 @@ class Grid:
     # ------------------------------------------------------------------ the stage's hooks
 
     def prepare(self, start: int) -> None:
-        """Log pi_ref of the rows to come, the data's support, the grid and its multipliers; a checkpoint brings its own."""
+        """Log pi_ref of the rows to come, the support of the data, the grid; a checkpoint brings its own."""
         if start:
             return
         steps = range(self.trainer.steps)
