@@ -20,6 +20,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from mopo_cli import __version__
 from mopo_cli.config import TrainConfig
@@ -35,12 +36,20 @@ from mopo_cli.types import Example
 if TYPE_CHECKING:
     from mopo_cli.inputs import Inputs
 
+UNTOLD = ("architectures", "transformers_version", "use_cache", "dtype", "torch_dtype", "attn_implementation")
 WORTH_KEEPING = 8_000_000  # characters of prompts and responses, below which encoding them anew is as fast
 
 
 def reference_key(config: TrainConfig, inputs: Inputs) -> str:
     """What the SFT reference depends on; inputs.policy has not been trained yet."""
-    return _key("reference", weights_hash(inputs.policy), _texts(inputs, ("train",)), asdict(config.sft), config.seed)
+    return _key(
+        "reference",
+        weights_hash(inputs.policy),
+        _texts(inputs, ("train",)),
+        asdict(config.sft),
+        config.seed,
+        *_training(config),
+    )
 
 
 def judge_key(config: TrainConfig, inputs: Inputs) -> str:
@@ -59,6 +68,7 @@ def judge_key(config: TrainConfig, inputs: Inputs) -> str:
         inputs.data.names,
         settings,
         config.seed,
+        *_training(config),
     )
 
 
@@ -77,8 +87,16 @@ def policy_key(config: TrainConfig, inputs: Inputs, judge: nn.Module, name: str,
         labels.hexdigest(),
         inputs.data.names,
         general,
+        *_training(config),
         *about,
     )
+
+
+def _training(config: TrainConfig) -> tuple[object, ...]:
+    """How a model is trained, where its weights do not show it: precision, LoRA's dropout, and how many processes share
+    a step, each with a batch."""
+    model = config.model
+    return model.mixed_precision, model.lora.dropout, os.environ.get("WORLD_SIZE", "1")
 
 
 def kept_logps(
@@ -109,8 +127,14 @@ def kept_logps(
 
 
 def weights_hash(model: nn.Module) -> str:
-    """Of every parameter and buffer, with its name, kind and shape, and of the scale of adapters."""
+    """Of every parameter and buffer, with its name, kind and shape, of the scale of adapters, and of what the model's
+    config says besides: heads and activations, say."""
     digest = hashlib.sha256()
+    for part in model.modules():
+        if isinstance(config := getattr(part, "config", None), PreTrainedConfig):
+            about = {key: value for key, value in config.to_dict().items() if key not in UNTOLD and key[:1] != "_"}
+            digest.update(json.dumps(about, sort_keys=True, default=str).encode())
+            break
     if lora := lora_of(model):
         digest.update(f"lora {lora.r} {lora.lora_alpha}".encode())
     for name, value in model.state_dict().items():

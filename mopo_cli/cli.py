@@ -74,7 +74,7 @@ usage: mopo COMMAND [key=value ...]
 
 {commands}
 options of every command:
-  --help, -h           the command's config groups and keys
+  --help, -h           the command's config groups and keys; with algorithm=dpo, say, the keys of that choice
   --cfg job            print the composed config and stop
   --config-dir DIR     a folder of your own config groups (DIR/objectives/mine.yaml), searched besides mopo's
   --version            print the version
@@ -89,12 +89,13 @@ def usage() -> str:
     return USAGE.format(version=__version__, commands="\n".join(blocks))
 
 
-def command_usage(name: str) -> str:
-    """The command's help: its example, its groups with their options, and its keys with defaults."""
+def command_usage(name: str, overrides: list[str], config_dir: str | None) -> str:
+    """The command's help: its example, its groups with their options, and keys with the defaults of what is chosen."""
     from mopo_cli import config
 
     command = COMMANDS[name]
-    composed = config.compose(name, [])
+    chosen = [o.partition(",")[0] for o in overrides if o.partition("=")[0] in config.GROUPS]
+    composed = config.compose(name, chosen, config_dir)
     groups = config.command_groups(name)
     lines = [f"mopo {name}: {command.summary}", "", f"  $ {command.example}", ""]
     if groups:
@@ -145,7 +146,7 @@ def run(name: str, arguments: Arguments) -> int:
     if name == "train" and arguments.multirun:
         name = "sweep"
     if arguments.help:
-        print(command_usage(name))
+        print(command_usage(name, arguments.overrides, arguments.config_dir))
         return 0
     from mopo_cli import config
 

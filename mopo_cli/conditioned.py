@@ -5,6 +5,7 @@ A lesson is a response to be learnt behind a condition (directions.py). Judge an
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -80,17 +81,22 @@ class Round:
 def check_settings(first_share: float, **counts: tuple[int, int]) -> None:
     """UserError where a setting of the rounds is out of range; counts: what each is, and the least that it may be."""
     for key, (value, least) in counts.items():
-        if value < least:
-            raise UserError(f"algorithm.{key}={value}: must be {least} or more")
+        if type(value) is not int or value < least:
+            raise UserError(f"algorithm.{key}={value}: must be a whole number, {least} or more")
     if not 0 < first_share <= 1:
         raise UserError(f"algorithm.first_share={first_share}: must be in (0, 1]")
 
 
 def policy_settings(setting: Setting) -> list[object]:
     """What a policy that learns from valued samples depends on, besides the settings that every policy does."""
-    config = setting.config
-    computed = {name: node.computed for name, node in config.objectives.items()}
-    return [computed, asdict(config.sampling), config.onpolicy.support]
+    config, inputs = setting.config, setting.inputs
+    computed = {name: (node.computed, node.margin) for name, node in config.objectives.items()}
+    contexts = hashlib.sha256()
+    for split in ("train", "heldout"):
+        for example in inputs.examples[split]:
+            contexts.update(repr(example.context).encode("utf-8", "surrogatepass"))
+    lengths = config.model.max_length, inputs.encoder.longest_response, config.model.chat_template
+    return [computed, asdict(config.sampling), asdict(config.onpolicy), lengths, contexts.hexdigest()]
 
 
 # --------------------------------------------------------------------------------------------- values

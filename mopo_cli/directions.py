@@ -101,6 +101,8 @@ class Levels:
                 raise UserError(f"{key}: {name} has no threshold; this policy is told those of {', '.join(self.names)}")
             if not 0 < b < 1:
                 raise UserError(f"{key}: {name}={b:g}: must be a threshold, a win rate in (0, 1)")
+            if b > (most := self.levels[self.names.index(name)][-1]) + 1e-9:
+                raise UserError(f"{key}: {name}={b:g}: the policy was trained for at most {most:g}")
         return self.told(self.point(direction or {}))
 
     @property

@@ -256,7 +256,10 @@ def _listed(
     data: PreferenceData, world: World, encoder: Encoder, prompts: int | None
 ) -> tuple[list[TokenRow], np.ndarray]:
     """Rows of every response of the world to the test prompts, and their exact (N, A, K) win rates."""
-    asked = [str(e.prompt) for e in data.test[:prompts]]
+    # spread over the test prompts: neighbours share a topic, and the first ones alone are no fair sample
+    count = min(prompts or len(data.test), len(data.test))
+    places: list[int] = np.linspace(0, len(data.test) - 1, count, dtype=int).tolist()
+    asked = [str(data.test[i].prompt) for i in places]
     columns = [world.objectives.index(o.source) for o in data.objectives]
     exact = np.stack([world.win_rates(prompt)[:, columns] for prompt in asked])
     return [encoder.row(prompt, world.responses(prompt)) for prompt in asked], exact

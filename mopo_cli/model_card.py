@@ -74,6 +74,9 @@ def _aim(settings: Mapping[str, Any], objectives: Mapping[str, Any]) -> str:
         if algorithm.get(key):
             return f"objectives {word} {', '.join(f'{_text(k)} {v:g}' for k, v in algorithm[key].items())}"
     primary = next((_text(name) for name, o in objectives.items() if o["role"] == "primary"), "its objective")
+    if {"weights", "direction"} & algorithm.keys():  # of its own default, and no threshold is held
+        alike = algorithm.get("name") in ("modpo", "soups", "dpa", "ric")
+        return "all objectives weighed alike" if alike else f"as {primary} as possible"
     kept = [
         f"{_text(name)} at least {o['threshold']:.3f}" for name, o in objectives.items() if o["threshold"] is not None
     ]

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from hydra.utils import get_class
 from omegaconf import DictConfig
 from rich.table import Table
 
@@ -486,11 +487,9 @@ def command(composed: DictConfig) -> int:
     started = time.perf_counter()
     quiet_libraries()
     set_seed(config.seed)
+    if get_class(config.algorithm["_target_"]) is not Mopo:
+        raise UserError(f"algorithm={algorithm_name(config)}: mopo plan predicts for algorithm=mopo; leave it out")
     inputs = prepare_inputs(config)
-    if not isinstance(inputs.method, Mopo):
-        raise UserError(
-            f"algorithm={algorithm_name(config)}: holds no thresholds, so there is nothing to plan; use mopo"
-        )
     check_pairs(inputs)
     accelerator = build_accelerator()
     judge, accuracy = fit(config, accelerator, inputs)

@@ -92,8 +92,10 @@ class Aligned:
 class Method(Protocol):
     """What an algorithm's config names by _target_.
 
-    It is built with its own keys of the config and with those of names, thresholds, tau, beta, epsilon, t0 and
-    preference_form that its constructor takes; it raises UserError where a setting is wrong.
+    It is built with its own keys of the config and with those of names, thresholds, tau, beta, epsilon, t0,
+    unscored and preference_form that its constructor takes (inputs.build_method); it raises UserError where a setting
+    is wrong. It may have check(inputs), which raises UserError where data or model do not suit it, before anything is
+    fitted.
     """
 
     longest_condition: str  # that its policy is ever asked with, "" where prompts stay as they are
@@ -336,17 +338,22 @@ def kept_policy(
             write_json(place / "stage.json", {**cost, "found": found})
 
     def load(path: Path) -> None:
+        nonlocal reused
         load_weights(inputs.policy, path / "model")
         record = read_json(path / "stage.json")
         found.update(record["found"])
         work.steps, work.samples = work.steps + record["steps"], work.samples + record["samples"]
-        if path != own:
+        reused = path != own or (own / "reused").exists()
+        if reused:
             work.reused_steps += record["steps"]
             work.reused_samples += record["samples"]
             say(f"{name}: from {path}")
 
+    reused = False
     own.parent.mkdir(parents=True, exist_ok=True)
     cache.fitted(accelerator, config.cache, key, own, do, save, load)
+    if reused and accelerator.is_main_process:
+        (own / "reused").touch()  # a run that goes on from here has not paid for it either
     return found
 
 

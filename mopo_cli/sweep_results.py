@@ -9,6 +9,7 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,9 +84,15 @@ def with_every_key(records: Sequence[Record], directory: Path) -> list[Record]:
     ]
 
 
+@lru_cache(4096)
+def _settings(path: Path, changed: int) -> dict[str, Any]:
+    """A run's config, read once until it is written anew: a sweep asks for all of them whenever a run ends."""
+    return RunDirectory(path).settings()
+
+
 def _overrides(record: Record, keys: Sequence[str], directory: Path) -> dict[str, str]:
     run = RunDirectory(directory / "runs" / record.id)
-    settings = run.settings() if run.config.exists() else {}
+    settings = _settings(run.path, run.config.stat().st_mtime_ns) if run.config.exists() else {}
     return {key: record.overrides[key] if key in record.overrides else _setting(settings, key) for key in keys}
 
 

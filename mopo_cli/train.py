@@ -54,7 +54,8 @@ def check(config: TrainConfig) -> None:
     """Everything that can be told before data and model are loaded: UserError where a setting is wrong."""
     configs.check_train(config)
     wandb_mode(config.logger)
-    build_method(config, tuple(config.objectives), (None,) * (len(config.objectives) - 1))
+    names = sorted(config.objectives, key=lambda name: config.objectives[name].role != "primary")
+    build_method(config, tuple(names), (None,) * (len(names) - 1))
 
 
 def train(config: TrainConfig, composed: DictConfig, run: RunDirectory, accelerator: Accelerator) -> Outcome:
@@ -63,6 +64,8 @@ def train(config: TrainConfig, composed: DictConfig, run: RunDirectory, accelera
     quiet_libraries()
     set_seed(config.seed)
     inputs = prepare_inputs(config)
+    if check := getattr(inputs.method, "check", None):
+        check(inputs)
     with recorded(accelerator, config, composed, run, inputs.data) as tracker:
         fit_or_load_reference(config, accelerator, inputs, run.reference)
         initial = snapshot(inputs.policy)

@@ -251,6 +251,7 @@ class TestWithoutThresholds:
             ({"name": "dpo", "weights": {"a": 0.7, "b": 0.3}}, "(dpo, tau 0.08, OF): objectives weighed a 0.7, b 0.3."),
             ({"name": "dpa", "direction": {"a": 0.8, "b": 0.6}}, "(dpa, tau 0.08, OF): objectives in the direction a"),
             ({"name": "dpo", "weights": None}, "(dpo, tau 0.08, OF): as a as possible."),
+            ({"name": "soups", "weights": None}, "(soups, tau 0.08, OF): all objectives weighed alike."),
         ],
     )  # fmt: skip
     def test_model_card(self, tmp_path: Path, algorithm: dict, aim: str):
@@ -260,6 +261,10 @@ class TestWithoutThresholds:
         card = model_card(settings, summary, {})
         assert aim.replace("OF", "200 steps, seed 0") in card
         assert "| objective | role | win rate | 95 % CI | judged by |" in card
+        objectives = {
+            name: {**o, "threshold": 0.55 if name == "b" else None} for name, o in summary["objectives"].items()
+        }
+        assert "at least 0.550" not in model_card(settings, summary | {"objectives": objectives}, {}).split("|")[0]
 
 
 @pytest.mark.slow

@@ -199,9 +199,9 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("wrong", "told"),
         [
-            ({"rounds": -1}, "algorithm.rounds=-1: must be 0 or more"),
-            ({"prompts": 0}, "algorithm.prompts=0: must be 1 or more"),
-            ({"responses": 0}, "algorithm.responses=0: must be 1 or more"),
+            ({"rounds": -1}, "algorithm.rounds=-1: must be a whole number, 0 or more"),
+            ({"prompts": 0}, "algorithm.prompts=0: must be a whole number, 1 or more"),
+            ({"responses": 0}, "algorithm.responses=0: must be a whole number, 1 or more"),
             ({"first_share": 0.0}, "algorithm.first_share=0.0: must be in (0, 1]"),
             ({"direction": {"kind": 1}}, "algorithm.direction={kind: 1}: kind is no objective; the set has helpful"),
             ({"direction": {"helpful": 0}}, "algorithm.direction={helpful: 0}: all are zero"),
@@ -219,7 +219,7 @@ class TestSettings:
             ({"map": "l1"}, "algorithm.map=l1: must be linear, l2 or linf"),
             ({"extremes": "all"}, "algorithm.extremes=all: must be data or normal"),
             ({"quantile": 1.0}, "algorithm.quantile=1.0: must be in [0, 1)"),
-            ({"data_rows": -1}, "algorithm.data_rows=-1: must be 0 or more"),
+            ({"data_rows": -1}, "algorithm.data_rows=-1: must be a whole number, 0 or more"),
         ],
     )
     def test_mistakes_of_ric(self, wrong: dict[str, Any], told: str):

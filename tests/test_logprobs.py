@@ -548,6 +548,17 @@ def test_a_template_that_refuses_a_prompt_names_the_row():
         e.rows([example(CONVERSATION, "w1", "w2")])
 
 
+def test_a_condition_where_the_template_knows_no_system_message():
+    refuses = "{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    template = "{% for m in messages %}" + refuses + "[user] {{ m.content }} "
+    plain, knows = encoder(template=template + "{% endfor %}"), encoder(template=TEMPLATE)
+    turn = [{"role": "user", "content": "w1"}]
+    assert plain.conditioned("w5").prompt_text(turn) == "[user] w5\nw1 "
+    assert "w5" in knows.conditioned("w5").prompt_text(turn)
+    assert knows.conditioned("w5").prompt_text(turn) != plain.conditioned("w5").prompt_text(turn)
+    assert plain.condition_tokens("w5 w6") >= 2
+
+
 def test_rows_that_do_not_fit():
     short, long = example("w1", "w2", "w3 w4"), example("w1 w2 w3", "w4", "w5 w6 w7")
     with pytest.raises(UserError, match=r"^rows\.jsonl:4: prompt of 4 tokens .*does not fit the context of 7.*1 of 2"):

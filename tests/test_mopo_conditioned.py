@@ -51,6 +51,7 @@ class TestGrid:
         [
             ({"helpful": 0.5}, "direction: helpful has no threshold; this policy is told those of harmless, concise"),
             ({"harmless": 55.0}, "direction: harmless=55: must be a threshold, a win rate"),
+            ({"harmless": 0.6}, "direction: harmless=0.6: the policy was trained for at most 0.55"),
         ],
     )
     def test_what_it_cannot_be_told_is_said(self, direction: dict[str, float], message: str):
@@ -105,6 +106,11 @@ class TestTraining:
         told = run_here("sample", "run=b0.5", "prompt=How do I bake a cake?", "direction=harmless=0.55", "compare=0")
         assert (told.status, "told: harmless 60" in told.out) == (0, True), told.err
         assert "point/harmless 60/dual/harmless" in read_metrics(here / "b0.5")[-1]
+
+    def test_more_thresholds_than_prompts_to_measure_them_on(self, run_here: Run, here: Path):
+        done = run_here("train", *ARGUMENTS, "onpolicy.prompts=16", "run.dir=run")
+        assert done.status == 1
+        assert "algorithm.levels: a grid of 5 thresholds" in read_json(here / "run" / "status.json")["error"]
 
     def test_a_killed_run_goes_on_to_the_same_end(self, run_here: Run, here: Path):
         assert run_here("train", *ARGUMENTS, "cache=null", "run.dir=whole").status == 0

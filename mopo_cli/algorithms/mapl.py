@@ -183,6 +183,11 @@ class Accuracies:
     inter: list[float]
 
 
+def read_accuracies(record: Mapping[str, list[float | None]]) -> Accuracies:
+    """What JSON has kept of them: its null is NaN, of an objective without a decided label."""
+    return Accuracies(**{name: [math.nan if v is None else v for v in values] for name, values in record.items()})
+
+
 def _factors(given: Mapping[str, float], key: str) -> dict[str, float]:
     """Those above 0; UserError where one is no number or below."""
     for name, value in given.items():
@@ -226,6 +231,8 @@ class Mapl:
         if type(instructions) is not int or instructions < 1:
             raise UserError(f"algorithm.instructions={instructions}: must be a whole number, 1 or more")
         self.judging = _factors(preference_model or {}, "algorithm.preference_model")
+        if isinstance(kinds, str):
+            raise UserError(f"algorithm.kinds={kinds}: must be a list, as [{kinds}], or null for all")
         self.kinds = tuple(KINDS) if kinds is None else tuple(kinds)
         unknown = [kind for kind in self.kinds if kind not in KINDS]
         if unknown or not self.kinds:
@@ -265,7 +272,6 @@ class Mapl:
         inputs, config, telling = setting.inputs, setting.config, self.telling(setting)
         examples, tokens = inputs.examples[split], inputs.tokens[split]
         numbers = np.random.default_rng([config.seed, 29]).permutation(len(examples))[:most].tolist()
-        budget = config.token_budget
         found: list[Told] = []
         silent = overlong = 0
         with stage("instructions", len(numbers), brief=True) as progress:
@@ -273,7 +279,7 @@ class Mapl:
                 one = telling.told(inputs.encoder, examples[i], tokens[i], i)
                 if one is None or not any(getattr(one, name) for name in kinds):
                     silent += 1
-                elif not one.fits(inputs.encoder.max_length) or (budget is not None and one.length > budget):
+                elif not one.fits(inputs.encoder.max_length):
                     overlong += 1
                 else:
                     found.append(one)
@@ -283,7 +289,7 @@ class Mapl:
         if not found:
             raise UserError(
                 f"algorithm.kinds: none of {len(numbers)} {split} rows can be told instructions: {overlong} do not fit "
-                f"the context behind them (model.max_length, token_budget), and in {silent} nothing can be compared"
+                f"the context behind them (model.max_length), and in {silent} nothing can be compared"
             )
         if overlong:
             warn(f"{overlong} of {len(numbers)} {split} rows do not fit the context behind instructions; not told any")
@@ -337,7 +343,7 @@ class Mapl:
         settings = replace(config.preference_model, steps=steps)
         found: list[tuple[PreferenceModel, dict[str, Accuracies]]] = []
         own_settings = self.judging, self.across, self.augmented, self.most, self.kinds
-        about = (asdict(settings), *own_settings, config.model.max_length, config.token_budget)
+        about = (asdict(settings), *own_settings, config.model.max_length)
 
         def key() -> str:
             return cache.policy_key(config, inputs, setting.judge, "mapl-preference-model", about)
@@ -360,7 +366,7 @@ class Mapl:
 
         def load(path: Path) -> None:
             model, _ = load_preference_model(path / "model", inputs.policy)
-            found.append((model, {n: Accuracies(**each) for n, each in read_json(path / "accuracy.json").items()}))
+            found.append((model, {n: read_accuracies(each) for n, each in read_json(path / "accuracy.json").items()}))
 
         own.parent.mkdir(parents=True, exist_ok=True)
         cache.fitted(accelerator, config.cache, key, own, fit, save, load)

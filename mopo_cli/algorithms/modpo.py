@@ -16,9 +16,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
-from mopo_cli.algorithms.dpo import Dpo, log_ratio_difference
+from mopo_cli.algorithms.dpo import Dpo, log_ratio_difference, pair_loss
 from mopo_cli.cache import kept_logps
 from mopo_cli.errors import UserError
 from mopo_cli.models.preference import features_of
@@ -37,12 +36,7 @@ def modpo_loss(h: Tensor, label: Tensor, margin: Tensor, weight: float, tau: flo
     r_j(y')) over the others. weight: w_k, above 0.
     sigmoid: -p log s(z) - (1-p) log s(-z). hinge: p max(0, 1 - z) + (1-p) max(0, 1 + z).
     """
-    z = (tau * h - margin) / weight
-    if loss == "sigmoid":
-        return -label * logsigmoid(z) - (1.0 - label) * logsigmoid(-z)
-    if loss == "hinge":
-        return label * torch.relu(1.0 - z) + (1.0 - label) * torch.relu(1.0 + z)
-    raise UserError(f"algorithm.loss={loss}: must be {' or '.join(LOSSES)}")
+    return pair_loss((tau * h - margin) / weight, label, 1.0, loss)
 
 
 def spread(rewards: Mapping[int, Tensor]) -> Tensor:

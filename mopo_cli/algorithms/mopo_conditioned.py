@@ -25,8 +25,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mopo_cli.algorithms.mopo import Estimate, Mopo, against_all, regression_loss, sampled_estimate
 from mopo_cli.cache import kept_logps
+from mopo_cli.conditioned import policy_settings
 from mopo_cli.console import warn
 from mopo_cli.data.tokens import Encoder, TokenRow, batch_rows, row_length
+from mopo_cli.diagnostics import unattainable
 from mopo_cli.directions import Levels, spelled
 from mopo_cli.errors import UserError
 from mopo_cli.judges import encoded_prompt
@@ -35,10 +37,11 @@ from mopo_cli.models.logprobs import all_logps, response_logps
 from mopo_cli.models.reference import reference_logps
 from mopo_cli.models.sampling import Drawn, sample
 from mopo_cli.oracle import attainable, policy_win_rates, solve
-from mopo_cli.stages import Aligned, Setting, Work, finished, kept_policy, mix, run_stage
+from mopo_cli.stages import Aligned, Setting, Work, finished, kept_policy, mix, rows_a_step, run_stage
 from mopo_cli.trainer import Progressed, Task, Trainer
 
 POOL = 32  # samples of the reference a prompt, for the offline dual
+LEAST = 4  # prompts of a measurement, for each point of the grid
 REACH = 0.9  # of the way from the reference's win rate to the attainable one: the highest threshold of a grid
 
 
@@ -106,7 +109,7 @@ class MopoConditioned:
             getattr(self, key)
             for key in ("tau", "epsilon", "levels", "delta", "dual_rate", "max_dual", "fresh_responses")
         ]
-        about += [asdict(setting.config.onpolicy), asdict(setting.config.sampling)]
+        about += policy_settings(setting)
 
         def fit() -> dict[str, Any]:
             return train(setting, self, work)
@@ -121,6 +124,8 @@ class MopoConditioned:
         for (name, b), level in zip(asked.items(), point, strict=True):
             if b > level + 1e-9:
                 warn(f"objectives.{name}.threshold={b:g}: the policy was trained for at most {level:g}")
+        for text in unattainable(setting.inputs.data.objectives, point, found["attainable"]):
+            warn(text)
         place = grid.index(point)
         duals, estimated = found["duals"][place], found["estimated"][place]
         return Aligned(
@@ -170,7 +175,7 @@ def train(setting: Setting, settings: MopoConditioned, work: Work) -> dict[str, 
         for s, labels in (("train", "smoothed"), ("heldout", "observed"))
     ]
     stage = Grid(setting, settings, trainer, work, *judged)
-    run_stage(setting, stage, "alignment (mopo, conditioned)")
+    run_stage(setting, stage, "alignment (mopo_conditioned)")
     estimates = stage.measure(config.steps, record_only=True)
     setting.accelerator.free_memory()
     return {
@@ -201,7 +206,7 @@ class Grid:
         self.train, self.heldout = train, heldout
         self.policy, self.encoder, self.collate = inputs.policy, inputs.encoder, inputs.collate
         self.onpolicy, self.seed, self.initial = config.onpolicy, config.seed, setting.initial
-        self.size = config.batch_size * config.gradient_accumulation * setting.accelerator.num_processes
+        self.size = rows_a_step(setting)
         self.floor = -math.inf
         self.reference: dict[int, Tensor] = {}
         self.fresh: dict[int, Fresh] = {}
@@ -245,8 +250,9 @@ class Grid:
             duals.append(self.methods[point].duals)
         device = self.setting.accelerator.device
         tokens = self.collate(rows).to(device)
-        self.work.pairs += sum(len(self.train.examples[n // len(self.grid)].pairs) for n in numbers)
-        self.work.tokens += sum(map(row_length, rows))
+        processes = self.setting.accelerator.num_processes
+        self.work.pairs += sum(len(self.train.examples[n // len(self.grid)].pairs) for n in numbers) * processes
+        self.work.tokens += sum(map(row_length, rows)) * processes
         mask = tokens.slot >= 0
         slots = torch.arange(mask.shape[1], device=device)
         from_data = slots[None, :] < torch.tensor(counts, device=device)[:, None]
@@ -258,14 +264,16 @@ class Grid:
     # ------------------------------------------------------------------ the stage's hooks
 
     def prepare(self, start: int) -> None:
-        """Log pi_ref of every row, the data's support, the grid and its multipliers; a checkpoint brings its own."""
+        """Log pi_ref of the rows to come, the support of the data, the grid; a checkpoint brings its own."""
         if start:
             return
-        rows = [*self.heldout.tokens[:SUPPORTING], *self.train.tokens]
+        steps = range(self.trainer.steps)
+        visited = sorted({row for s in steps for row in batch_rows(len(self.train.tokens), self.size, self.seed, s)})
+        rows = [*self.heldout.tokens[:SUPPORTING], *(self.train.tokens[i] for i in visited)]
         logps = kept_logps(self.setting.accelerator, self.setting.config.cache, self.policy, rows, self.collate)
-        supporting = len(rows) - len(self.train.tokens)
+        supporting = len(rows) - len(visited)
         self.floor = support_floor(logps[:supporting], self.onpolicy.support)
-        self.reference = dict(enumerate(logps[supporting:]))
+        self.reference = dict(zip(visited, logps[supporting:], strict=True))
         self.begin()
 
     def begin(self) -> None:
@@ -284,14 +292,28 @@ class Grid:
             if isinstance(levels, int)
             else [tuple(levels[name]) for name in self.settings.names[1:]]
         )
+        if self.setting.accelerator.num_processes > 1:  # float noise must not round them apart
+            found, self.attainable = broadcast_object_list([found, self.attainable])
         self._set_grid(grid_of(found))
+        self._check_size()
         for method in self.methods:
             reach = np.minimum(method.thresholds.numpy(), np.array(self.attainable) - 0.02)
+            method.state.thresholds = reach.tolist()  # else its multiplier grows until it weighs down all others
             method.state.duals = np.clip(
                 solve(p, uniform, self.settings.tau, reach).duals, 0.0, self.settings.max_dual
             ).tolist()
         self._follow_main()
         self.work.timing.estimate += time.perf_counter() - started
+
+    def _check_size(self) -> None:
+        """UserError where the points of the grid are too many to be measured."""
+        prompts, points = min(self.onpolicy.prompts, len(self.heldout.tokens)), len(self.grid)
+        if LEAST * points > prompts:
+            raise UserError(
+                f"algorithm.levels: a grid of {points} thresholds, each measured on {LEAST} prompts or more, needs "
+                f"{LEAST * points}; there are onpolicy.prompts={self.onpolicy.prompts} of "
+                f"{len(self.heldout.tokens)} held-out rows: give fewer levels, or more prompts"
+            )
 
     def _set_grid(self, grid: Sequence[tuple[float, ...]]) -> None:
         self.grid = list(grid)

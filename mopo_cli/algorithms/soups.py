@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -23,8 +24,11 @@ from mopo_cli.errors import UserError
 from mopo_cli.models.reference import Snapshot, put, snapshot
 from mopo_cli.models.save import inner, load_weights, lora_of, rank_and_alpha, saved_weights, set_rank
 from mopo_cli.pairwise import normalised_weights
-from mopo_cli.runs import RunDirectory
+from mopo_cli.runs import RunDirectory, read_json
 from mopo_cli.stages import Aligned, Setting, Work, finished
+
+if TYPE_CHECKING:
+    from mopo_cli.inputs import Inputs
 
 MERGES = ("factors", "products")
 FIRST_FACTORS, SECOND_FACTORS = ("lora_A", "lora_embedding_A"), ("lora_B", "lora_embedding_B")
@@ -91,6 +95,15 @@ class Soups:
         self.given = given_experts(names, experts)
         self.methods = {name: Dpo(names, tau, loss, {name: 1.0}, smoothing, length_normalised) for name in self.weights}
 
+    def check(self, inputs: Inputs) -> None:
+        """UserError where a given policy cannot be mixed with this run's: told before anything is fitted."""
+        for name, path in self.given.items():
+            if name in self.weights and (found := differences(inputs.policy, inputs.tokenizer, path)):
+                raise UserError(
+                    f"algorithm.experts.{name}: {path} cannot be part of this soup, since it differs from the run's "
+                    f"model: {found}"
+                )
+
     def align(self, setting: Setting) -> Aligned:
         work = Work()
         if setting.config.model.lora.r == 0 and self.merge == "products":
@@ -102,7 +115,7 @@ class Soups:
         """Each objective's policy, loaded or trained, one after the other."""
         for name, path in self.given.items():
             if name in self.weights:
-                check_expert(setting, name, path)
+                compare_start(setting, name, path)
         first = 0
         for name in self.weights:
             if name in self.given:
@@ -135,12 +148,9 @@ def given_experts(names: Sequence[str], experts: Mapping[str, str] | None) -> di
     return found
 
 
-def check_expert(setting: Setting, name: str, path: Path) -> None:
-    """UserError where a given policy cannot be mixed with this run's; a warning where it had another start."""
+def compare_start(setting: Setting, name: str, path: Path) -> None:
+    """A warning where a given policy had another start than this run's."""
     inputs = setting.inputs
-    key = f"algorithm.experts.{name}"
-    if found := differences(inputs.policy, inputs.tokenizer, path):
-        raise UserError(f"{key}: {path} cannot be part of this soup, since it differs from the run's model: {found}")
     reference = RunDirectory(path.parent).reference
     if not reference.is_dir():
         return
@@ -149,8 +159,8 @@ def check_expert(setting: Setting, name: str, path: Path) -> None:
     put(inputs.policy, setting.initial)
     if any(not torch.equal(now[name], value) for name, value in setting.initial.items()):
         warn(
-            f"{key}: {path} was trained from another reference than this run's; weights without a common start seldom "
-            "mix"
+            f"algorithm.experts.{name}: {path} was trained from another reference than this run's; weights without a "
+            "common start seldom mix"
         )
 
 
@@ -174,6 +184,9 @@ def differences(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, directory
         rank, alpha = rank_and_alpha(directory)
         if (rank, alpha) != (lora.r, lora.lora_alpha):
             return f"its LoRA has r={rank} and alpha={alpha}, the run's r={lora.r} and alpha={lora.lora_alpha}"
+        base = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
+        if base != lora.base_model_name_or_path:
+            return f"its adapter belongs to {base}, the run's to {lora.base_model_name_or_path}"
         own = get_peft_model_state_dict(model)
     else:
         own = model.state_dict()

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import chain
 from typing import NamedTuple
 
@@ -113,7 +113,7 @@ class Encoder:
     def prompt_text(self, prompt: Text, response: Text = "") -> str:
         """The text in front of a response. A plain prompt that would be glued to it is ended by a newline."""
         if self.condition:
-            prompt = _told(prompt, self.condition)
+            prompt = _told(prompt, self.condition, self._takes_system)
         if isinstance(prompt, str) and self.chat_template != "always":
             glued = prompt[-1:].strip() and content(response)[:1].strip()
             return prompt + ("\n" if glued else "")
@@ -124,6 +124,17 @@ class Encoder:
             except TemplateError as error:
                 raise UserError(f"the tokenizer's chat template refuses this prompt: {error}") from error
         return transcript(messages) + "\n"
+
+    @cached_property
+    def _takes_system(self) -> bool:
+        """Whether the tokenizer's template, where there is one, takes a system message."""
+        messages = [{"role": "system", "content": "x"}, {"role": "user", "content": "x"}]
+        try:
+            if getattr(self.tokenizer, "chat_template", None):
+                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError:
+            return False
+        return True
 
     def prompt_ids(self, prompt: Text, response: Text = "") -> list[int]:
         """Token ids of `prompt_text`, never empty: something must predict the response's first token."""
@@ -251,10 +262,13 @@ def _tokenizer_threads() -> Iterator[None]:
         os.environ[PARALLEL] = before or "false"
 
 
-def _told(prompt: Text, condition: str) -> Text:
-    """The prompt with a condition in front: a line of text, or the (first) system message."""
+def _told(prompt: Text, condition: str, system: bool) -> Text:
+    """The prompt with a condition in front: a line of text, or the (first) system message, or a line of the first
+    message where the template knows no system."""
     if isinstance(prompt, str):
         return f"{condition}\n{prompt}"
+    if prompt and not system:
+        return [{**prompt[0], "content": f"{condition}\n{prompt[0]['content']}"}, *prompt[1:]]
     if prompt and prompt[0]["role"] == "system":
         return [{"role": "system", "content": f"{condition}\n{prompt[0]['content']}"}, *prompt[1:]]
     return [{"role": "system", "content": condition}, *prompt]
