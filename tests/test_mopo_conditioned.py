@@ -109,8 +109,8 @@ class TestTraining:
 
     def test_more_thresholds_than_prompts_to_measure_them_on(self, run_here: Run, here: Path):
         done = run_here("train", *ARGUMENTS, "onpolicy.prompts=16", "run.dir=run")
-        assert done.status == 1
-        assert "algorithm.levels: a grid of 5 thresholds" in read_json(here / "run" / "status.json")["error"]
+        assert done.status == 2
+        assert "algorithm.levels: a grid of 5 thresholds" in done.err
 
     def test_a_killed_run_goes_on_to_the_same_end(self, run_here: Run, here: Path):
         assert run_here("train", *ARGUMENTS, "cache=null", "run.dir=whole").status == 0
