@@ -81,7 +81,7 @@ class TestSearch:
     def search(self, *overrides: str, earlier: tuple[dict[str, str], ...] = (), **settings: Any):
         from mopo_cli.search import Optuna
 
-        return Optuna(**settings).open(overrides, (), earlier)
+        return Optuna(**settings).open([overrides], (), earlier)
 
     def result(self, name: str, tau: float) -> Record:
         numbers = {"win_rate/a": 1 - tau, "win_rate/b": tau, "threshold/b": 0.3}
