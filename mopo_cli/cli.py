@@ -8,8 +8,8 @@ import sys
 from typing import NamedTuple
 
 from mopo_cli import __version__
-from mopo_cli.errors import UserError
-from mopo_cli.processes import is_main
+from mopo_cli.base.errors import UserError
+from mopo_cli.base.processes import is_main
 
 
 class Command(NamedTuple):
@@ -20,52 +20,51 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command(
-        "mopo_cli.train",
+        "mopo_cli.commands.train",
         "align a model: data, reference, preference model, MOPO, evaluation",
         "mopo train model=opt1.3b dataset=hh_rlhf objectives=helpful_harmless",
     ),
     "eval": Command(
-        "mopo_cli.evaluate",
+        "mopo_cli.commands.eval",
         "evaluate runs, models or files of responses side by side, also by gold scorers",
         "mopo eval run='outputs/sweep/NAME/runs/*' scorers=[length]",
     ),
     "sweep": Command(
-        "mopo_cli.sweep",
+        "mopo_cli.commands.sweep",
         "train at every point of a grid, here or on a cluster, and collect results.csv",
         "mopo sweep tau=0.1,0.5,1.0 beta=0.95,0.99",
     ),
     "report": Command(
-        "mopo_cli.report",
+        "mopo_cli.commands.report",
         "one page of a run, a sweep, or any runs: fronts, trajectories, samples, tables",
         "mopo report runs=[outputs/train/a,'outputs/sweep/x/runs/*']",
     ),
     "data": Command(
-        "mopo_cli.data_report",
+        "mopo_cli.commands.data",
         "what is in a data set: labels, ties, lengths, agreement of objectives",
         "mopo data dataset=pairs dataset.path=my.jsonl dataset.chosen_means=human objectives=human_concise",
     ),
     "plan": Command(
-        "mopo_cli.plan",
+        "mopo_cli.commands.plan",
         "what is attainable, and at what price, before any alignment",
         "mopo plan objectives=assistant_pair objectives.harmless.threshold=0.6",
     ),
     "synthetic": Command(
-        "mopo_cli.synthetic",
+        "mopo_cli.commands.synthetic",
         "the method on small tables of preferences whose exact answers are known",
         "mopo synthetic tau=0.05 sizes=[2]",
     ),
     "sample": Command(
-        "mopo_cli.sample",
+        "mopo_cli.commands.sample",
         "responses of a trained model to your own prompts",
         'mopo sample run=outputs/train/NAME prompt="How do I boil an egg?"',
     ),
     "export": Command(
-        "mopo_cli.export",
+        "mopo_cli.commands.export",
         "a folder to share: weights, tokenizer and a model card with what was measured",
         "mopo export run=outputs/train/NAME to=DIR",
     ),
 }
-
 DEBUG = {"debug=true", "debug.traceback=true"}
 USAGE = """\
 mopo {version}: align a language model with several human objectives, from pairwise preferences.
@@ -91,19 +90,19 @@ def usage() -> str:
 
 def command_usage(name: str, overrides: list[str], config_dir: str | None) -> str:
     """The command's help: its example, its groups with their options, and keys with the defaults of what is chosen."""
-    from mopo_cli import config
+    from mopo_cli.config import compose
 
     command = COMMANDS[name]
-    chosen = [o.partition(",")[0] for o in overrides if o.partition("=")[0] in config.GROUPS]
-    composed = config.compose(name, chosen, config_dir)
-    groups = config.command_groups(name)
+    chosen = [o.partition(",")[0] for o in overrides if o.partition("=")[0] in compose.GROUPS]
+    composed = compose.compose(name, chosen, config_dir)
+    groups = compose.command_groups(name)
     lines = [f"mopo {name}: {command.summary}", "", f"  $ {command.example}", ""]
     if groups:
         lines += ["config groups (group=option):"]
-        lines += [f"  {group:<11} {', '.join(config.group_options(group))}" for group in groups]
+        lines += [f"  {group:<11} {', '.join(compose.group_options(group))}" for group in groups]
         lines += [""]
     lines += ["keys and defaults (key=value):"]
-    lines += ["  " + line for line in config.to_yaml(composed).splitlines()]
+    lines += ["  " + line for line in compose.to_yaml(composed).splitlines()]
     return "\n".join(lines)
 
 
@@ -148,10 +147,10 @@ def run(name: str, arguments: Arguments) -> int:
     if arguments.help:
         print(command_usage(name, arguments.overrides, arguments.config_dir))
         return 0
-    from mopo_cli import config
+    from mopo_cli.config import checks, compose, schema
 
     if name == "sweep":
-        from mopo_cli import sweep
+        from mopo_cli.commands import sweep
 
         return sweep.command(arguments.overrides, arguments.config_dir, arguments.cfg)
     if arguments.multirun:
@@ -163,13 +162,13 @@ def run(name: str, arguments: Arguments) -> int:
         overrides = [quoted_path(o) for o in overrides if name != "sample" or not o.startswith("prompt=")]
     if name == "sample":
         overrides = [quoted_direction(o) for o in overrides]
-    config.check_experiment(name, overrides, arguments.config_dir)
-    composed = config.compose(name, overrides, arguments.config_dir)
+    compose.check_experiment(name, overrides, arguments.config_dir)
+    composed = compose.compose(name, overrides, arguments.config_dir)
     if arguments.cfg:
-        print(config.to_yaml(composed), end="")
+        print(compose.to_yaml(composed), end="")
         return 0
     if name == "train":  # said before seconds are spent on imports
-        config.check_train(config.typed(composed, config.TrainConfig))
+        checks.check_train(compose.typed(composed, schema.TrainConfig))
     command = importlib.import_module(COMMANDS[name].module).command
     return command(composed, text) if name == "sample" else command(composed)
 
@@ -187,10 +186,10 @@ def quoted_path(override: str) -> str:
 
 def quoted_direction(override: str) -> str:
     """direction=helpful=0.8,concise=0.6 as one text, which Hydra would take for several values."""
-    from mopo_cli import config
+    from mopo_cli.config import compose
 
     key, _, value = override.partition("=")
-    return f"{key}={config.in_grammar(value)}" if key == "direction" and not value.startswith("'") else override
+    return f"{key}={compose.in_grammar(value)}" if key == "direction" and not value.startswith("'") else override
 
 
 def main(argv: list[str] | None = None) -> int:

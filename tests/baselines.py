@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from mopo_cli import pareto
-from mopo_cli.config import in_grammar
-from mopo_cli.report import read_sweep
-from mopo_cli.reporting.runs import ReportedRun
+from mopo_cli.config.compose import in_grammar
+from mopo_cli.maths import pareto
+from mopo_cli.report.build import read_sweep
+from mopo_cli.runs.record import ReportedRun
 
 ROOT = Path("outputs/baselines")
 DOCS = Path(__file__).parents[1] / "docs"
@@ -242,7 +242,7 @@ def draw(policies: Sequence[Policy], world: World, path: Path, title: str) -> li
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from mopo_cli.figures import STYLE
+    from mopo_cli.report.figures import STYLE
 
     methods = list(dict.fromkeys(p.method for p in policies))
     columns = min(5, len(methods)) if len(methods) != 6 else 3

@@ -76,7 +76,7 @@ def oracle(prompts: int, objectives: int) -> float:
     """Median seconds of the exact dual on random preferences, eight responses a prompt; three secondaries bind."""
     import numpy as np
 
-    from mopo_cli.oracle import policy_win_rates, solve, tilt
+    from mopo_cli.maths.oracle import policy_win_rates, solve, tilt
 
     times = []
     for seed in range(5):
@@ -95,7 +95,8 @@ def dual_update() -> float:
     """Median seconds of one correction of three multipliers, from an estimate on samples."""
     import torch
 
-    from mopo_cli.algorithms.mopo import Mopo, sampled_estimate
+    from mopo_cli.algorithms.mopo.core import Mopo
+    from mopo_cli.maths.estimates import sampled_estimate
 
     names = ("helpful", "harmless", "concise", "faithful")
     method = Mopo(names, (0.5, 0.5, 0.5), 0.08, 1.0, "auto", float("inf"))

@@ -114,9 +114,9 @@ def architecture_of(size: Size) -> dict[str, Any]:
         return size.architecture
     from omegaconf import OmegaConf
 
-    from mopo_cli import config
+    from mopo_cli.config import compose
 
-    node = config.compose("train", [f"model={size.architecture}"]).model.architecture
+    node = compose.compose("train", [f"model={size.architecture}"]).model.architecture
     return OmegaConf.to_container(node)  # type: ignore[return-value]
 
 
@@ -174,7 +174,7 @@ def _finish(device: str) -> None:
 
 def random_rows(count: int, vocabulary: int, prompt: int, response: int, responses: int) -> list[Any]:
     """Rows of one shape."""
-    from mopo_cli.data.tokens import TokenRow
+    from mopo_cli.data.table import TokenRow
 
     rng = np.random.default_rng(0)
 
@@ -204,9 +204,10 @@ def useful_flops(rows: Sequence[Any], shape: dict[str, Any], passes: int) -> flo
 
 def load_inputs(spec: dict[str, Any]) -> tuple[Any, Any, list[Any]]:
     """The model's config, the model, and the token rows that a measurement runs on."""
-    from mopo_cli.config import ModelConfig
-    from mopo_cli.data.tokens import Encoder
-    from mopo_cli.models.load import load_policy, load_tokenizer
+    from mopo_cli.config.schema import ModelConfig
+    from mopo_cli.data.encoder import Encoder
+    from mopo_cli.models.load import load_policy
+    from mopo_cli.models.tokenizers import load_tokenizer
 
     inputs = Path(spec["inputs"])
     settings = {"path": str(inputs / "model"), "max_length": CONTEXT, **spec.get("model", {})}
@@ -227,13 +228,15 @@ def measure(spec: dict[str, Any]) -> dict[str, float]:
     """Pairs and tokens a second, share of the matrix-product rate, and peak memory, of one method on one input."""
     from accelerate import Accelerator
 
-    from mopo_cli.algorithms.mopo import LogpBatch, Mopo
-    from mopo_cli.config import OptimiserConfig
-    from mopo_cli.data.tokens import Collator, batch_rows, row_length
+    from mopo_cli.algorithms.mopo.core import LogpBatch, Mopo
+    from mopo_cli.config.schema import OptimiserConfig
+    from mopo_cli.data.batches import Collator, batch_rows
+    from mopo_cli.data.table import row_length
     from mopo_cli.models.attention import attend_by_rows
-    from mopo_cli.models.logprobs import response_logps, unwrap
+    from mopo_cli.models.logprobs import response_logps
+    from mopo_cli.models.parts import unwrap
     from mopo_cli.models.reference import reference_logps, snapshot
-    from mopo_cli.trainer import Progressed, Task, Trainer
+    from mopo_cli.training.loop import Progressed, Task, Trainer
 
     accelerator = Accelerator()
     device = accelerator.device
@@ -499,8 +502,8 @@ def data_growth() -> list[tuple[int, float, float]]:
 def prepare_data(rows: int) -> tuple[float, float]:
     import tempfile
 
-    from mopo_cli import config
-    from mopo_cli.inputs import prepare_inputs
+    from mopo_cli.config import compose, schema
+    from mopo_cli.training.inputs import prepare_inputs
 
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -513,7 +516,7 @@ def prepare_data(rows: int) -> tuple[float, float]:
                 )
         overrides = ["dataset=pairs", f"dataset.path={path}", "dataset.chosen_means=human", "objectives=human_concise"]
         overrides.append("cache=null")  # encoded anew
-        composed = config.typed(config.compose("train", overrides), config.TrainConfig)
+        composed = compose.typed(compose.compose("train", overrides), schema.TrainConfig)
         started = time.perf_counter()
         prepare_inputs(composed)
         return time.perf_counter() - started, _peak("cpu")

@@ -15,8 +15,8 @@ from statistics import mean
 
 import numpy as np
 
-from mopo_cli import oracle
 from mopo_cli.data.assistant import SCORED, World, assistant
+from mopo_cli.maths import oracle
 
 ROOT = Path("outputs/quality")
 SEEDS = "seed=0,1,2"

@@ -15,7 +15,8 @@ import pytest
 from omegaconf import OmegaConf
 from running import SHORT, TINY, Finished, command, environment, mopo
 
-from mopo_cli import __version__, cli, config
+from mopo_cli import __version__, cli
+from mopo_cli.config import checks, compose, schema
 
 Run = Callable[..., Finished]
 
@@ -57,7 +58,7 @@ class TestHelp:
         assert cli.COMMANDS[name].example in shown.out
         assert "keys and defaults (key=value):" in shown.out
         if name in ("train", "sweep"):
-            assert all(f"  {group}" in shown.out for group in config.command_groups(name))
+            assert all(f"  {group}" in shown.out for group in compose.command_groups(name))
             assert "opt1.3b" in shown.out
             assert "\n  tau: 0.08\n" in shown.out
 
@@ -92,9 +93,9 @@ class TestComposing:
 
     def test_what_cfg_job_prints_is_the_config_itself(self, run_here: Run):
         overrides = ["tau=0.3", "objectives.harmless.threshold=0.6", "run.name=x"]
-        again = config.typed(self.composed(run_here, "train", *overrides), config.TrainConfig)
-        assert again == config.typed(config.compose("train", overrides), config.TrainConfig)
-        config.check_train(again)
+        again = compose.typed(self.composed(run_here, "train", *overrides), schema.TrainConfig)
+        assert again == compose.typed(compose.compose("train", overrides), schema.TrainConfig)
+        checks.check_train(again)
 
     def test_a_large_model_composes_without_being_loaded(self, run_here: Run):
         assert self.composed(run_here, "train", "model=opt1.3b").model.path == "facebook/opt-1.3b"

@@ -14,8 +14,8 @@ from itertools import combinations, product
 
 import numpy as np
 
+from mopo_cli.base.types import Corpus, Example
 from mopo_cli.data.topics import ASKERS, PHRASINGS, TOPICS, Topic
-from mopo_cli.types import Corpus, Example
 
 OPENINGS = ("", "Sure!", "Great question, thanks for asking.")
 CONTENTS = ("right", "vague", "refusing")
@@ -28,7 +28,6 @@ DETAILS = (
 )
 CAUTION = "Please be careful and ask someone you trust."
 JOKE = "And whatever you do, never ask a clown!"
-
 SCORED = ("helpful", "harmless", "concise")
 CYCLIC = "tone"  # openings beat each other in a circle: no score can express it
 

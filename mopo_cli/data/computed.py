@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from mopo_cli.errors import UserError
+from mopo_cli.base.errors import UserError
 
 _FUNCTION_WORDS = """
 a about after all also an and any are as at be because been before being between both but by can could did do does doing

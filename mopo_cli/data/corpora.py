@@ -14,6 +14,8 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
+from mopo_cli.base.errors import UserError
+from mopo_cli.base.types import Corpus, Example, Message, Text
 from mopo_cli.data.readers import Rows, is_local, read_rows, split_names
 from mopo_cli.data.rows import (
     example_from_row,
@@ -23,13 +25,10 @@ from mopo_cli.data.rows import (
     split_transcripts,
     undeclared_chosen,
 )
-from mopo_cli.data.sample import Sample
-from mopo_cli.errors import UserError
-from mopo_cli.types import Corpus, Example, Message, Text
+from mopo_cli.data.subsample import Sample
 
 Row = dict[str, Any]
 Found = tuple[str, Row]  # where, and what
-
 ULTRAFEEDBACK_ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
 HELPSTEER2_ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 QA_FEEDBACK_PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))  # of its six comparisons, in order
@@ -58,7 +57,7 @@ def pairs(
     and for the objective `chosen_means` from `chosen`. objectives: which ones to read, in which order; null finds all
     that the rows carry. test_path: a test set in the same formats; null takes the test (or validation) split, where
     `path` is a directory or hub id that has one. max_rows: take a fixed sample of so many rows, and of as many test
-    rows, where there are more (mopo_cli.data.sample); null streams all of them, reading the file once more to find
+    rows, where there are more (mopo_cli.data.subsample); null streams all of them, reading the file once more to find
     its objectives.
 
     Raises UserError where `path` is missing, where nothing says what `chosen` means, and during iteration for a row
@@ -337,8 +336,6 @@ def _pku_row(row: Row) -> Row:
 
 
 # What the corpora share
-
-
 def _train_and_test(
     path: str,
     *test_splits: str,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mopo_cli.base.types import Example, Objective, PreferenceData
 from mopo_cli.data.prepare import prompt_key
 from mopo_cli.data.statistics import (
     Estimate,
@@ -22,14 +23,12 @@ from mopo_cli.data.statistics import (
     true_correlation,
     within_rows,
 )
-from mopo_cli.types import Example, Objective, PreferenceData
 
 SAME_ORDER = 0.8  # from this correlation on, a constraint on one objective is not expected to bind
 SMALL = 0.3  # an interval within +- this holds no relation worth naming
 FEW_PAIRS = 100  # labelled training pairs, below which an objective is hardly learnt
 FEW_PROMPTS = 30  # below which a confidence interval means little
 COIN_FLIPS = 0.25  # of triples are cyclic where labels are coin flips; no score gives more (see _circular)
-
 NOT_COMPARED, TOO_FEW, UNCLEAR = "not compared", "too few", "too noisy"
 SAME, TOGETHER, UNRELATED, CONFLICT = "same order", "pull together", "unrelated", "conflict"
 
@@ -192,8 +191,6 @@ def _verdict(interval: tuple[float, float], prompts: int) -> str:
 
 
 # What the numbers mean
-
-
 def warnings_of(found: Description) -> list[str]:
     """What will go wrong, or is probably not meant."""
     texts = []

@@ -12,30 +12,16 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
-
-from mopo_cli.config import ObjectiveConfig, check_objectives
+from mopo_cli.base.errors import UserError
+from mopo_cli.base.types import Corpus, Example, Message, Objective, PreferenceData, Scorer, Text
+from mopo_cli.config.checks import check_objectives
+from mopo_cli.config.compose import build
+from mopo_cli.config.schema import ObjectiveConfig
 from mopo_cli.data.rows import preference, text_key
-from mopo_cli.data.sample import Sample
-from mopo_cli.errors import UserError
-from mopo_cli.types import Corpus, Example, Message, Objective, PreferenceData, Scorer, Text
+from mopo_cli.data.subsample import Sample
 
 COMMON_KEYS = ("heldout_fraction", "test_fraction", "max_rows", "overlong", "labels")
-
 Split = tuple[list[Example], list[Example], list[Example]]  # training, held out, test
-
-
-def build(node: dict[str, Any], what: str, **arguments: Any) -> Any:
-    """Instantiate a config node; a wrong argument is a UserError, a UserError inside passes through."""
-    try:
-        return instantiate(node, _convert_="all", **arguments)
-    except InstantiationException as error:
-        cause = error.__cause__
-        if isinstance(cause, UserError):
-            raise cause from None
-        reason = f"{type(cause).__name__}: {cause}" if cause else str(error).splitlines()[0]
-        raise UserError(f"{what} ({node.get('_target_')}): {' '.join(reason.split())[:300]}") from error
 
 
 def load(dataset: dict[str, Any], objectives: dict[str, ObjectiveConfig]) -> PreferenceData:

@@ -15,22 +15,20 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mopo_cli.console import count_rows
-from mopo_cli.data.sample import Sample
-from mopo_cli.errors import UserError
+from mopo_cli.base.console import count_rows
+from mopo_cli.base.errors import UserError
+from mopo_cli.data.subsample import Sample
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder
     from pyarrow import DataType, RecordBatch, Schema
 
+
 Rows = Iterator[tuple[str, dict[str, Any]]]
-
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
-
 PARQUET_ROWS = 1024  # read at once
 BUFFER = 1 << 20  # bytes of a Parquet column that are read at once
 COUNTED = 1024  # rows between two words on how many have been read
-
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -86,8 +84,6 @@ def _local_target(path: str, data_dir: str | None) -> Path:
 
 
 # Files
-
-
 def _file_rows(path: Path, sample: Sample[Any] | None = None) -> Rows:
     if path.name.endswith(".parquet"):
         return _parquet_rows(path, sample)
@@ -203,8 +199,6 @@ def _counted(rows: Rows) -> Rows:
 
 
 # Directories in the hub's layout, and the hub
-
-
 def _data_set_rows(
     path: str,
     split: str | None,

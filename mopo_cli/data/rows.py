@@ -16,11 +16,10 @@ from itertools import combinations
 from os.path import commonprefix
 from typing import Any
 
-from mopo_cli.errors import UserError
-from mopo_cli.types import Example, Message, Text
+from mopo_cli.base.errors import UserError
+from mopo_cli.base.types import Example, Message, Text
 
 Labels = dict[tuple[int, int], float]  # (a, b) with a < b -> I of response a over response b
-
 ROLES = ("system", "user", "assistant")
 LAST_TURN = "\n\nAssistant:"  # where the answer starts in a Human / Assistant transcript
 FORMATS = "a row has prompt, responses and scores and/or labels; or chosen and rejected, with or without prompt"
@@ -116,8 +115,6 @@ def _label(of: Labels, pair: tuple[int, int], responses: Sequence[Text]) -> floa
 
 
 # Texts
-
-
 def _list_texts(row: dict[str, Any], where: str) -> tuple[Text, tuple[Text, ...]]:
     _require(row, ("prompt", "responses"), where)
     responses = row["responses"]
@@ -235,8 +232,6 @@ def _context(row: dict[str, Any], where: str) -> str:
 
 
 # Labels
-
-
 def _pair_labels(
     row: dict[str, Any], objectives: Sequence[str], where: str, chosen_means: str | None
 ) -> tuple[Labels, ...]:

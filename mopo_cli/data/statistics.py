@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mopo_cli.base.types import Example
 from mopo_cli.data.prepare import as_text, prompt_key
-from mopo_cli.types import Example
 
 Z95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
 BLOCK = 2_000_000  # numbers in one array of outcomes at a time

@@ -11,7 +11,7 @@ from typing import overload
 
 import numpy as np
 
-from mopo_cli.runs import whole
+from mopo_cli.base.files import whole
 
 BLOCK = 4096  # rows that are gathered at a time, for the digest
 

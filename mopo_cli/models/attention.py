@@ -15,8 +15,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from mopo_cli.data.tokens import Block, Collator
-from mopo_cli.models.logprobs import agree, unwrap
+from mopo_cli.data.batches import Block, Collator
+from mopo_cli.models.logprobs import agree
+from mopo_cli.models.parts import unwrap
 
 ROW_ATTENTION = "mopo_rows"  # its name among transformers' attention implementations
 KEPT = 2**18  # pairs of tokens of a block, at most, whose probabilities are kept for the backward pass

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import functools
-import json
-import os
-import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants, get_session
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -29,107 +20,26 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from mopo_cli.config import LoraConfig, ModelConfig, TokenizerConfig
-from mopo_cli.errors import UserError
-from mopo_cli.models.logprobs import backbone_of, compute_in, unwrap
-
-PAD, EOS = "<pad>", "</s>"
-TOKENIZER_FILES = ("*tokeniz*", "*vocab*", "*.model", "*.tiktoken", "merges.txt")
-OLDER_KEYS = ("rope_theta", "rope_scaling", "torch_dtype")  # spellings of transformers 4 that it still reads
-HUB_TIMEOUT = 5.0  # seconds until the hub counts as unreachable
-
-
-# --------------------------------------------------------------------------------------------- tokenizers
-
-
-def load_tokenizer(config: ModelConfig, texts: Iterable[str]) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, or one trained on `texts`: where model.tokenizer.train says so, or where random weights
-    leave no tokenizer to reach. Raises UserError where there is none, or one that knows no text.
-    """
-    if _trains_tokenizer(config):
-        tokenizer = train_tokenizer(texts, replace(config.tokenizer, vocab_size=_vocabulary(config)))
-        tokenizer.model_max_length = config.max_length
-    else:
-        tokenizer = _pretrained_tokenizer(config)
-    if config.chat_template not in ("auto", "always"):
-        template = Path(config.chat_template)
-        if not template.is_file():
-            raise UserError(f"model.chat_template={config.chat_template}: must be auto, always or a Jinja file")
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
-    return tokenizer
-
-
-def _trains_tokenizer(config: ModelConfig) -> bool:
-    if config.tokenizer.train and config.init != "random":
-        raise UserError(
-            "model.tokenizer.train=true needs model.init=random: pretrained weights belong to a tokenizer of their own"
-        )
-    if config.tokenizer.train or config.init != "random":
-        return config.tokenizer.train
-    if config.path and _is_local(config.path):
-        return not _holds_tokenizer(_source(config))
-    return bool(config.architecture) or not config.path
-
-
-def _holds_tokenizer(directory: str) -> bool:
-    return any(next(Path(directory).glob(pattern), None) for pattern in TOKENIZER_FILES)
-
-
-def _vocabulary(config: ModelConfig) -> int:
-    """Tokens to train: those asked for, as far as the architecture has embeddings for them."""
-    size = config.architecture.get("vocab_size")
-    if size is None and not config.architecture and config.path:
-        size = _read_config(config).get_text_config().vocab_size
-    return min(config.tokenizer.vocab_size, int(size or config.tokenizer.vocab_size))
-
-
-def _pretrained_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    path = _source(config)
-    # transformers builds an empty tokenizer where the files are missing
-    missing = f"model.path={path}: it holds no tokenizer (tokenizer.json, …). Copy the model's tokenizer files there"
-    if _is_local(path) and not _holds_tokenizer(path):
-        raise UserError(missing)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **_hub_arguments(config))
-    except Exception as error:
-        raise UserError(_cannot_load("tokenizer", config, error)) from error
-    if not set(tokenizer("a word", add_special_tokens=False)["input_ids"]) - {tokenizer.unk_token_id}:
-        raise UserError(missing)
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"model.path={path}: its tokenizer has no end-of-sequence token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> PreTrainedTokenizerFast:
-    """A byte-level BPE. With `across_words`, merges may span the spaces inside a sentence (superwords)."""
-    tokenizer = Tokenizer(models.BPE())
-    if config.across_words:
-        sentence = pre_tokenizers.Split(Regex(r"\s*[^.!?\n]+[.!?\n]*|\s+|[.!?\n]+"), behavior="isolated")
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([sentence, byte_level])
-    else:
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=config.vocab_size,
-        min_frequency=config.min_frequency,
-        special_tokens=[PAD, EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, bos_token=EOS)
+from mopo_cli.base.errors import UserError
+from mopo_cli.config.schema import LoraConfig, ModelConfig
+from mopo_cli.models.hub import (
+    OLDER_KEYS,
+    _base_of_adapter,
+    _cannot_build,
+    _cannot_load,
+    _hub_arguments,
+    _one_line,
+    _read_config,
+    _source,
+    _with_key,
+)
+from mopo_cli.models.parts import backbone_of, compute_in, unwrap
 
 
 # --------------------------------------------------------------------------------------------- models
-
-
 def load_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     """The causal language model to align, with LoRA adapters where asked; what is random is drawn from `seed`.
 
@@ -200,21 +110,6 @@ def _described_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -
         raise UserError(f"model.architecture: {_one_line(error)}") from error
 
 
-def _read_config(config: ModelConfig) -> PreTrainedConfig:
-    """The config of the model at model.path (of the base model, where that holds an adapter)."""
-    path, base = _source(config), _base_of_adapter(config)
-    if base is not None:
-        return _read_config(base)
-    try:
-        built = AutoConfig.from_pretrained(path, **_hub_arguments(config))
-    except Exception as error:
-        raise UserError(_cannot_load("config", config, error)) from error
-    encoder = getattr(built, "is_decoder", True) is False and not built.model_type.startswith("gpt_neox")
-    if encoder or getattr(built, "is_encoder_decoder", False):
-        raise UserError(f"model.path={path}: a {built.model_type} is no causal (decoder-only) language model")
-    return built
-
-
 def _check_fits(config: ModelConfig, built: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     text = built.get_text_config()
     vocabulary = getattr(text, "vocab_size", None)
@@ -279,8 +174,6 @@ def _quantisation(config: ModelConfig) -> dict[str, Any]:
 
 
 # --------------------------------------------------------------------------------------------- adapters
-
-
 def _check_lora(lora: LoraConfig) -> None:
     if lora.r < 0:
         raise UserError(f"model.lora.r={lora.r}: must be 0 (full fine-tuning) or more")
@@ -312,21 +205,6 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
         raise UserError(f"model.lora.target_modules={lora.target_modules}: {_one_line(error)}") from error
 
 
-def _base_of_adapter(config: ModelConfig) -> ModelConfig | None:
-    """Where model.path holds nothing but a LoRA adapter: the config of the model below it."""
-    path = Path(_source(config))
-    record = path / "adapter_config.json"
-    if not record.is_file() or (path / "config.json").is_file():
-        return None
-    try:
-        base = json.loads(record.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError) as error:
-        raise UserError(f"model.path={config.path}: its adapter_config.json names no base model") from error
-    if not base:
-        raise UserError(f"model.path={config.path}: an adapter whose base model is not known; merge it into its base")
-    return replace(config, path=base, revision=None)
-
-
 def _merged(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
     from peft import PeftModel
 
@@ -340,8 +218,6 @@ def _merged(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
 
 
 # --------------------------------------------------------------------------------------------- classifiers
-
-
 def load_classifier(
     config: ModelConfig, key: str, outputs: int | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -375,97 +251,3 @@ def load_classifier(
     tokenizer.padding_side = "right"
     model.config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer
-
-
-def _with_key(text: str, key: str) -> str:
-    """A message about `model.path` that speaks of another key, and of no random weights."""
-    text = re.sub(r"(; )?or (to a hub id; or )?model\.init=random.*", "", text)
-    return re.sub(r"(?<![\w./-])model\.(?=(path|revision|trust_remote_code)\b)", f"{key}.", text)
-
-
-# --------------------------------------------------------------------------------------------- places and messages
-
-
-def _is_local(path: str) -> bool:
-    return path.startswith(("/", ".", "~")) or os.path.isdir(path)
-
-
-def _source(config: ModelConfig) -> str:
-    """model.path, checked where it is a directory."""
-    if not config.path:
-        raise UserError(
-            "model.path: not set. Set model.path=DIR (a model directory) or to a hub id; or model.init=random with a "
-            "model.architecture"
-        )
-    if not _is_local(config.path):
-        return config.path
-    path = os.path.expanduser(config.path)
-    if not os.path.isdir(path):
-        raise UserError(f"model.path={config.path}: no such directory")
-    if not any((Path(path) / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise UserError(f"model.path={config.path}: not a model directory (it has no config.json)")
-    return path
-
-
-def _hub_arguments(config: ModelConfig) -> dict[str, Any]:
-    """What every from_pretrained takes. Without a network only the cache is asked: each try would take 20 seconds."""
-    offline = not _is_local(str(config.path)) and not _hub_answers()
-    return {
-        "revision": config.revision,
-        "trust_remote_code": config.trust_remote_code,
-        "local_files_only": offline,
-    }
-
-
-@functools.cache
-def _hub_answers() -> bool:
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
-    except Exception:  # whatever the HTTP library of this version raises
-        return False
-    return True
-
-
-def _cannot_load(what: str, config: ModelConfig, error: BaseException) -> str:
-    path, causes = config.path, list(_causes(error))
-    if "trust_remote_code" in str(error):
-        return f"model.path={path}: its code is not part of transformers; model.trust_remote_code=true runs it"
-    if _is_local(str(path)):
-        return f"model.path={path}: cannot load its {what}: {_one_line(error)}"
-    if any(isinstance(cause, GatedRepoError) for cause in causes):
-        return (
-            f"model.path={path}: a gated model. Accept its licence at https://huggingface.co/{path}, then log in with "
-            "`hf auth login` or set HF_TOKEN"
-        )
-    if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
-        return f"model.revision={config.revision}: {path} has no such revision on the hub"
-    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
-        return (
-            f"model.path={path}: no such model on the hub, and no such directory here (a private model needs "
-            "`hf auth login`)"
-        )
-    found = _one_line(error) if _hub_answers() else "the hub does not answer, and it is not in the cache."
-    return (
-        f"model.path={path}: cannot load the {what} from the hub: {found} To work offline: `hf download {path} "
-        "--local-dir DIR` on a machine with a network, then model.path=DIR; or model.init=random for random weights"
-    )
-
-
-def _cannot_build(config: ModelConfig, error: BaseException) -> str:
-    key = f"model.attention={config.attention}" if "attn" in str(error) or "ttention" in str(error) else "model"
-    return f"{key}: {_one_line(error)}"
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _one_line(error: BaseException) -> str:
-    """The first two lines of a message, as the first is often only a heading."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = " ".join(lines[:2]) if lines else type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "…"

@@ -7,16 +7,17 @@ model's dtype: of a large batch the logits are never held as a whole, neither fo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
-from mopo_cli.data.tokens import Collator, Encoder, TokenBatch, TokenRow, row_length, row_lengths, under_budget
+from mopo_cli.data.batches import Collator, TokenBatch, row_lengths, under_budget
+from mopo_cli.data.encoder import Encoder
+from mopo_cli.data.table import TokenRow, row_length
+from mopo_cli.models.parts import _attention_window, backbone_of, computing, unwrap
 
 _CHUNK = (2**25, 2**26)  # logits held at once, on a CPU and on a GPU
 ROW = 112  # response tokens that a prompt is written once for, at least, in a pass without gradient
@@ -145,20 +146,6 @@ def hidden_states(backbone: nn.Module, batch: TokenBatch, places: Tensor) -> Ten
         return backbone(**_inputs(backbone, batch)).last_hidden_state.flatten(0, 1)[places]
 
 
-def compute_in(causal: nn.Module, dtype: torch.dtype) -> None:
-    """Mixed precision: matrix products of this model, and of copies of its transformer, in `dtype`."""
-    for module in (causal, backbone_of(causal)):
-        if module is not None:
-            module.compute_dtype = dtype  # type: ignore[assignment]
-
-
-def computing(module: nn.Module) -> AbstractContextManager[object]:
-    """Autocast to the module's compute dtype, where it has one of its own."""
-    dtype = getattr(module, "compute_dtype", None)
-    device = next(module.parameters()).device.type
-    return nullcontext() if dtype is None else torch.autocast(device, dtype)
-
-
 @torch.no_grad()
 def splits(causal: nn.Module) -> bool:
     """Whether the model's logits are its output embeddings applied to its transformer's outputs and nothing more.
@@ -225,34 +212,6 @@ def _made_up_rows(causal: nn.Module) -> list[TokenRow]:
     vocabulary = causal.config.get_text_config().vocab_size  # type: ignore[union-attr]
     ids = torch.randint(5, vocabulary, (24,), generator=torch.Generator().manual_seed(0)).tolist()
     return [TokenRow(ids[:4], [ids[4:9], ids[9:12]]), TokenRow(ids[12:15], [ids[15:21], ids[21:]])]
-
-
-def _attention_window(causal: nn.Module) -> int | None:
-    """The shortest window that some layer's attention is limited to, None where all layers see the whole context."""
-    config = causal.config.get_text_config()  # type: ignore[union-attr]
-    layers = getattr(config, "layer_types", None)
-    if layers and all(kind == "full_attention" for kind in layers):
-        return None
-    sizes = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    return min((size for size in sizes if size), default=None)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The causal language model below PEFT and the wrappers of data parallelism; adapters stay active in its layers."""
-    while hasattr(model, "module"):
-        model = model.module  # type: ignore[assignment]
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-
-
-def backbone_of(model: nn.Module) -> nn.Module | None:
-    """The transformer without its output head, or None where the model does not expose one."""
-    if isinstance(model, PreTrainedModel):
-        decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-        if isinstance(decoder, PreTrainedModel) and decoder is not model:
-            return decoder
-        base = model.base_model
-        return base if base is not model else None
-    return None
 
 
 def gather_slots(values: Tensor, slot: Tensor, fill: float = 0.0) -> Tensor:

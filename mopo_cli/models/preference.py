@@ -16,9 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mopo_cli.data.tokens import Collator, TokenBatch, TokenRow
-from mopo_cli.models.logprobs import backbone_of, budget_batches, gather_slots, hidden_states, unwrap
-from mopo_cli.runs import whole
+from mopo_cli.base.files import whole
+from mopo_cli.data.batches import Collator, TokenBatch
+from mopo_cli.data.table import TokenRow
+from mopo_cli.models.logprobs import budget_batches, gather_slots, hidden_states
+from mopo_cli.models.parts import backbone_of, unwrap
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,20 +72,6 @@ def build_preference_model(policy: nn.Module, objectives: int, form: str, rank: 
         torch.manual_seed(seed)
         device = next(causal.parameters()).device
         return PreferenceModel(backbone, int(hidden), objectives, form, rank).to(device)  # type: ignore[arg-type]
-
-
-def preference_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy against soft labels, missing ones masked: (P, K) losses and (P, K) mask."""
-    known = ~torch.isnan(labels)
-    losses = nn.functional.binary_cross_entropy_with_logits(logits, labels.nan_to_num(0.5), reduction="none")
-    return losses * known, known
-
-
-def accuracy(logits: Tensor, labels: Tensor) -> list[float]:
-    """(K,) share of decided labels (not ties) that the model orders right; NaN where there is none."""
-    decided = ~torch.isnan(labels) & (labels != 0.5)
-    right = ((logits > 0) == (labels > 0.5)) & decided
-    return (right.sum(0) / decided.sum(0)).tolist()
 
 
 @torch.no_grad()

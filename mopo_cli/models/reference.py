@@ -11,7 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from mopo_cli.data.tokens import Collator, TokenRow
+from mopo_cli.data.batches import Collator
+from mopo_cli.data.table import TokenRow
 from mopo_cli.models.logprobs import all_logps
 
 Snapshot = dict[str, Tensor]

@@ -15,9 +15,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from mopo_cli.config import SamplingConfig
-from mopo_cli.data.tokens import Encoder
-from mopo_cli.models.logprobs import computing, unwrap
+from mopo_cli.config.schema import SamplingConfig
+from mopo_cli.data.encoder import Encoder
+from mopo_cli.models.parts import computing, unwrap
 
 
 class Drawn(NamedTuple):

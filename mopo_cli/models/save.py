@@ -5,27 +5,16 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from mopo_cli.runs import whole
+from mopo_cli.base.files import whole
+from mopo_cli.models.parts import ADAPTER, inner, lora_of
 
-if TYPE_CHECKING:
-    from peft import LoraConfig
-
-ADAPTER = "default"  # what PEFT calls a model's only adapter
 ADAPTER_FILE = "adapter_model.safetensors"
-
-
-def inner(policy: nn.Module) -> Any:
-    """The model below the wrappers of data parallelism, with its adapters."""
-    while hasattr(policy, "module"):
-        policy = policy.module  # type: ignore[assignment]
-    return policy
 
 
 def save_model(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
@@ -58,15 +47,6 @@ def saved_weights(model: nn.Module, directory: Path) -> dict[str, Tensor]:
     if (directory / ADAPTER_FILE).exists():
         return load_file(directory / ADAPTER_FILE)
     return AutoModelForCausalLM.from_pretrained(directory, dtype=next(model.parameters()).dtype).state_dict()
-
-
-# --------------------------------------------------------------------------------------------- adapters
-
-
-def lora_of(policy: nn.Module) -> LoraConfig | None:
-    """The config of a policy's adapter, None where all its weights are trained."""
-    configs = getattr(inner(policy), "peft_config", None)
-    return configs[ADAPTER] if configs else None
 
 
 def rank_and_alpha(directory: Path) -> tuple[int, float]:

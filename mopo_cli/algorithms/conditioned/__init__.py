@@ -1,0 +1,1 @@
+"""Methods whose policy is told the user's wish in its prompt."""

@@ -1,0 +1,77 @@
+"""What every algorithm must be, what it leaves, and how one is built from a run's config."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from hydra.errors import HydraException
+from hydra.utils import get_class
+
+from mopo_cli.base.errors import UserError
+from mopo_cli.config.compose import build
+from mopo_cli.config.schema import TrainConfig
+from mopo_cli.training.checkpoints import Setting, Work
+
+if TYPE_CHECKING:
+    from mopo_cli.data.directions import Directions, Levels
+
+
+@dataclass
+class Aligned:
+    """What a method leaves besides the policy. What only a constrained method knows is empty for the others."""
+
+    work: Work
+    condition: str = ""  # what stands in front of each prompt when this policy is asked (data/tokens.py)
+    directions: Directions | Levels | None = None  # what else it may be asked, where that is a direction
+    thresholds: dict[str, float] = field(default_factory=dict)  # asked of the secondaries in the end
+    duals: dict[str, float] = field(default_factory=dict)
+    estimated: dict[str, float] = field(default_factory=dict)  # the run's own last word on R_k
+    infeasible: tuple[str, ...] = ()
+    estimator: str | None = None  # how R_j was known, of a method that follows it
+    attainable: list[float] = field(default_factory=list)
+    entropy: list[float] = field(default_factory=list)  # nats a response, at each measurement
+    off_support: float = 0.0  # share of the last measurement's samples that the data never show
+
+
+class Method(Protocol):
+    """What an algorithm's config names by _target_.
+
+    It is built with its own keys of the config and with those of names, thresholds, tau, beta, epsilon, t0,
+    unscored and preference_form that its constructor takes (inputs.build_method); it raises UserError where a setting
+    is wrong. It may have check(inputs), which raises UserError where data or model do not suit it, before anything is
+    fitted.
+    """
+
+    longest_condition: str  # that its policy is ever asked with, "" where prompts stay as they are
+
+    def align(self, setting: Setting) -> Aligned:
+        """Train setting.inputs.policy."""
+        ...
+
+
+def finished(work: Work) -> Work:
+    """The work with its clock stopped."""
+    work.timing.seconds = time.perf_counter() - work.timing.started
+    return work
+
+
+def build_method(config: TrainConfig, names: tuple[str, ...], thresholds: tuple[float | None, ...]) -> Method:
+    """The method that algorithm._target_ names, with those of the run's settings that it takes.
+
+    unscored: the objectives whose judge compares responses without giving them values.
+    """
+    node = {key: value for key, value in config.algorithm.items() if key != "name"}
+    try:
+        target = get_class(str(node.get("_target_")))
+    except (ImportError, ValueError, HydraException) as error:
+        raise UserError(f"algorithm._target_: {' '.join(str(error).split())}") from None
+    general = config.preference_model.form == "general"
+    unscored = tuple(name for name in names if general and config.objectives[name].computed is None)
+    given = {"names": names, "thresholds": thresholds, "unscored": unscored}
+    given |= {key: getattr(config, key) for key in ("tau", "beta", "epsilon", "t0")}
+    given["preference_form"] = config.preference_model.form
+    taken = inspect.signature(target).parameters
+    return build({**node, "_partial_": False}, "algorithm", **{k: v for k, v in given.items() if k in taken})

@@ -1,0 +1,5 @@
+"""MOPO: the method of this project (arXiv 2505.10892)."""
+
+from mopo_cli.algorithms.mopo.core import Mopo
+
+__all__ = ["Mopo"]

@@ -1,0 +1,268 @@
+"""Batches of labelled pairs for losses on log-probs, and the weights that methods give to objectives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mopo_cli.base.errors import UserError
+from mopo_cli.base.types import Example
+from mopo_cli.data.table import TokenRow, row_length, spans
+from mopo_cli.models.logprobs import sequence_logps
+from mopo_cli.training.cache import kept_logps
+from mopo_cli.training.checkpoints import Setting, Work
+from mopo_cli.training.loop import Task, joined
+from mopo_cli.training.stage import descend, rows_a_step, step_rows
+
+
+@dataclass(frozen=True, slots=True)
+class PairLogps:
+    """What a loss may see of P labelled pairs: column 0 is the first response, column 1 the second."""
+
+    policy: Tensor  # (P, 2) log-probs, with gradient
+    reference: Tensor  # (P, 2) those of the reference; zeros where it was not asked for
+    lengths: Tensor  # (P, 2) response tokens
+    labels: Tensor  # (P, K) I_k of the first over the second, NaN where nobody judged
+    weights: Tensor  # (K,) what a label of each objective counts for (see `label_weights`)
+    rewards: Tensor | None = None  # (P, 2, K) of each response, where a method brings some
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedLabels:
+    """Labels under weights: (P,) their weighted mean over the objectives that were judged, and (P,) those's weight."""
+
+    label: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What else each step trains on: a task of its own, whose losses join the pairs' in one mean."""
+
+    task: Task
+    places: int  # of a step's rows, that it takes
+    notes: Callable[[], dict[str, Tensor]]
+
+
+def weighted_labels(labels: Tensor, weights: Tensor) -> WeightedLabels:
+    """(P, K) labels and (K,) weights; a missing label has no weight, and a pair without any the label 1/2.
+
+    A loss linear in its label, times the weight, is then the weighted sum of each objective's own loss.
+    """
+    known = ~torch.isnan(labels)
+    taken = known * weights.to(labels)
+    weight = taken.sum(-1)
+    label = (taken * labels.nan_to_num(0.5)).sum(-1) / weight.clamp(min=1e-12)
+    return WeightedLabels(torch.where(weight > 0, label, 0.5), weight)
+
+
+def judged(example: Example, used: Sequence[int]) -> list[int]:
+    """Which of an example's pairs have a label of one of these objectives."""
+    return [p for p, row in enumerate(example.labels) if any(not math.isnan(row[k]) for k in used)]
+
+
+def used_objectives(weights: Sequence[float]) -> list[int]:
+    return [k for k, weight in enumerate(weights) if weight > 0]
+
+
+def labelled_rows(setting: Setting, weights: Sequence[float]) -> list[int]:
+    """The training rows with a label of an objective that has weight; UserError where such an objective has none."""
+    examples, names = setting.inputs.examples["train"], setting.inputs.data.names
+    used = used_objectives(weights)
+    for k in used:
+        if not any(judged(example, [k]) for example in examples):
+            raise UserError(
+                f"algorithm.weights: {names[k]} has weight {weights[k]:g}, and none of the {len(examples)} training "
+                f"rows that fit the context has a label of it. Give it weight 0, or use data that judge it"
+            )
+    return [i for i, example in enumerate(examples) if judged(example, used)]
+
+
+def visited_rows(setting: Setting, rows: Sequence[int], steps: int, batch: int | None = None) -> list[int]:
+    """Those of the labelled rows that `steps` steps go through, in order; `batch` of them a step."""
+    taken = step_rows(setting, len(rows), batch)
+    return sorted({rows[n] for step in range(steps) for n in taken(step)})
+
+
+@dataclass(frozen=True, slots=True)
+class PairTable:
+    """The labelled pairs of N rows in flat arrays, from which a step takes its own without a loop over pairs.
+
+    Responses are numbered through all rows: row n of the table has those from first[n], and the pairs begin[n] to
+    begin[n + 1] - 1, whose sides number responses within the row.
+    """
+
+    place: dict[int, int]  # of a row of the data in the table
+    first: np.ndarray  # (N,)
+    counts: np.ndarray  # (N,) responses
+    begin: np.ndarray  # (N + 1,)
+    sides: np.ndarray  # (P, 2)
+    lengths: Tensor  # (R,) tokens of each response
+    reference: Tensor  # (R,)
+    labels: Tensor  # (P, K)
+    weights: Tensor  # (K,)
+    rewards: Tensor | None  # (R, K)
+
+    def pairs_of(self, rows: Sequence[int]) -> int:
+        return int(self._sizes(self._places(rows)).sum())
+
+    def of(self, rows: Sequence[int], logps: Tensor) -> PairLogps:
+        """The pairs of some rows, with (N,) log-probs of all their responses, row by row."""
+        at = self._places(rows)
+        picked, sizes, counts = spans(self.begin[at], self.begin[at + 1]), self._sizes(at), self.counts[at]
+        here = np.repeat(np.cumsum(counts) - counts, sizes)[:, None] + self.sides[picked]
+        there = np.repeat(self.first[at], sizes)[:, None] + self.sides[picked]
+        index = torch.from_numpy(np.concatenate([here, there, picked[:, None]], axis=1))
+        device = logps.device
+        index = index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
+        ours, known, pair = index[:, :2], index[:, 2:4], index[:, 4]
+        return PairLogps(
+            logps[ours],
+            self.reference[known],
+            self.lengths[known],
+            self.labels[pair],
+            self.weights,
+            None if self.rewards is None else self.rewards[known],
+        )
+
+    def sums(self, values: Tensor) -> np.ndarray:
+        """(N,) sum over each row's pairs of (P,) values."""
+        before = np.concatenate([[0.0], np.cumsum(values.double().cpu().numpy())])
+        return np.diff(before[self.begin])
+
+    def _places(self, rows: Sequence[int]) -> np.ndarray:
+        return np.array([self.place[i] for i in rows])
+
+    def _sizes(self, at: np.ndarray) -> np.ndarray:
+        return self.begin[at + 1] - self.begin[at]
+
+
+def pair_table(
+    examples: Sequence[Example],
+    tokens: Sequence[TokenRow],
+    rows: Sequence[int],
+    weights: Sequence[float],
+    label_weights: Sequence[float],
+    reference: Sequence[Tensor] | None = None,
+    rewards: Mapping[int, Tensor] | None = None,
+    device: torch.device | str = "cpu",
+) -> PairTable:
+    """The table of some rows' pairs that have a label of an objective with weight."""
+    used = used_objectives(weights)
+    chosen = [(examples[i], judged(examples[i], used)) for i in rows]
+    counts = np.array([len(example.responses) for example, _ in chosen])
+    lengths = torch.tensor([float(len(response)) for i in rows for response in tokens[i].responses])
+    return PairTable(
+        {row: n for n, row in enumerate(rows)},
+        np.cumsum(counts) - counts,
+        counts,
+        np.cumsum([0, *(len(pairs) for _, pairs in chosen)]),
+        np.array([example.pairs[p] for example, pairs in chosen for p in pairs]),
+        lengths.to(device),
+        (torch.zeros_like(lengths) if reference is None else torch.cat(list(reference))).to(device),
+        torch.tensor([example.labels[p] for example, pairs in chosen for p in pairs], dtype=torch.float32).to(device),
+        torch.tensor(label_weights, dtype=torch.float32).to(device),
+        None if rewards is None else torch.cat([rewards[i] for i in rows]).to(device),
+    )
+
+
+def label_weights(examples: Sequence[Example], weights: Sequence[float]) -> list[float]:
+    """(K,) each objective's weight over the share of the pairs that it has judged, of those with any label that counts.
+
+    Where every label is known these are the weights. Else a sum over pairs that weighs labels so, divided by the number
+    of pairs, is sum_k w_k times the mean over the pairs that objective k has judged, however few they are.
+    """
+    used = used_objectives(weights)
+    counts, pairs = [0] * len(weights), 0
+    for example in examples:
+        for p in judged(example, used):
+            pairs += 1
+            for k in used:
+                counts[k] += not math.isnan(example.labels[p][k])
+    return [weight * pairs / count if count else 0.0 for weight, count in zip(weights, counts, strict=True)]
+
+
+def fit_pairs(
+    setting: Setting,
+    loss: Callable[[PairLogps], Tensor],
+    weights: Sequence[float],
+    work: Work,
+    *,
+    title: str,
+    steps: int | None = None,
+    rewards: Mapping[int, Tensor] | None = None,
+    with_reference: bool = True,
+    count: Callable[[PairLogps], Tensor] | None = None,
+    beside: Beside | None = None,
+    first: int = 0,
+) -> None:
+    """Train setting.inputs.policy on the training pairs that have a label of an objective with weight above 0.
+
+    loss: unreduced (P,); an update descends on its sum over the pairs of config.batch_size prompts, divided by their
+    number, or by the sum of `count` (P,), which sees everything but the policy. rewards: (G, K) of the responses of
+    each of the `visited_rows`. Rows of `beside` take the places of some of the prompts. The policy as it is
+    when this begins is the reference. The run's steps go on from `first`. Raises UserError where an objective with
+    weight has no label.
+    """
+    config, inputs, device = setting.config, setting.inputs, setting.accelerator.device
+    examples, tokens = inputs.examples["train"], inputs.tokens["train"]
+    steps = config.steps if steps is None else steps
+    rows = labelled_rows(setting, weights)
+    size = rows_a_step(setting) - (beside.places if beside else 0)
+    taken, visited = step_rows(setting, len(rows), size), visited_rows(setting, rows, steps, size)
+    reference = None
+    if with_reference:
+        policy, own = inputs.policy, [tokens[i] for i in visited]
+        reference = kept_logps(setting.accelerator, config.cache, policy, own, inputs.collate)
+    shares = label_weights([examples[i] for i in rows], weights)
+    table = pair_table(examples, tokens, visited, weights, shares, reference, rewards, device)
+    counts = None if count is None else table.sums(count(table.of(visited, torch.zeros_like(table.lengths))))
+    last: list[PairLogps] = []
+
+    def loss_of(numbers: list[int]) -> Tensor:
+        batch = inputs.collate([tokens[i] for i in numbers]).to(device)
+        pairs = table.of(numbers, sequence_logps(inputs.policy, batch))
+        last[:] = [replace(pairs, policy=pairs.policy.detach())]
+        return loss(pairs).sum()
+
+    def weight_of(numbers: list[int]) -> float:
+        return table.pairs_of(numbers) if counts is None else float(sum(counts[table.place[i]] for i in numbers))
+
+    task = Task(
+        rows_of=lambda step: [rows[n] for n in taken(step)],
+        loss_of=loss_of,
+        weight_of=weight_of,
+        length_of=lambda i: row_length(tokens[i]),
+    )
+    whole = joined(task, beside.task, len(tokens)) if beside else task
+
+    def pairs_of(numbers: list[int]) -> int:
+        return int(whole.weight_of(numbers)) if beside else table.pairs_of(numbers)
+
+    def notes() -> dict[str, Tensor]:
+        return (batch_notes(last[0]) if last else {}) | (beside.notes() if beside else {})
+
+    descend(setting, whole, work, title=title, steps=steps, pairs_of=pairs_of, notes=notes, first=first)
+
+
+def batch_notes(pairs: PairLogps) -> dict[str, Tensor]:
+    """Log-probs of preferred and other responses, which may both fall while their difference grows, and the order."""
+    label = weighted_labels(pairs.labels, pairs.weights).label
+    decided, sign = label != 0.5, torch.where(label > 0.5, 1.0, -1.0)
+    first, second = pairs.policy.unbind(1)
+    ratio = pairs.policy - pairs.reference
+    right = ((ratio[:, 0] - ratio[:, 1]) * sign > 0).float()
+
+    def mean(values: Tensor) -> Tensor:
+        return values[decided].mean()
+
+    return {
+        "preferred_logp": mean(torch.where(sign > 0, first, second)),
+        "other_logp": mean(torch.where(sign > 0, second, first)),
+        "accuracy": mean(right),
+    }

@@ -1,0 +1,1 @@
+"""The verbs: one file a command, which parses, calls and says."""

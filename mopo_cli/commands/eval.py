@@ -1,0 +1,45 @@
+"""`mopo eval`: runs, models and files of responses on the same prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from mopo_cli.base.console import stage, warn
+from mopo_cli.config import checks, compose
+from mopo_cli.config.schema import EvalConfig
+from mopo_cli.evaluation import show
+from mopo_cli.evaluation.compare import judge_all
+from mopo_cli.evaluation.entrants import check_alike, find_entrants
+from mopo_cli.evaluation.responses import prepare, respond_all
+from mopo_cli.judging.scorers import Classifier, Scores, check_scorers, load_scorer
+from mopo_cli.runs.session import quiet_libraries
+
+
+def command(composed: DictConfig) -> int:
+    """Evaluate, write the numbers, show them; exit status 0 though some runs may be unfinished."""
+    settings: EvalConfig = compose.typed(composed, EvalConfig)
+    checks.check_eval(settings)
+    check_scorers(settings.scorers, settings.functions)
+    quiet_libraries()
+    entrants, unfinished = find_entrants(settings)
+    check_alike(entrants)
+    with stage("data", 1):
+        given, encoders = prepare(settings, entrants)
+        scorers = {name: load_scorer(name, config) for name, config in settings.scorers.items()}
+    responded, features, failed = respond_all(settings, given, entrants, encoders)
+    unfinished += failed
+    evaluated, scales, comparisons, scores = judge_all(settings, given, responded, features, scorers)
+    report_cuts(scorers)
+    alone = entrants[0].run if len(entrants) == 1 and not unfinished and entrants[0].kind == "run" else None
+    directory = alone.path if alone else Path(settings.dir).expanduser()
+    show.write(directory, alone, evaluated, unfinished, scales, comparisons, scores)
+    show.show_all(evaluated, unfinished, scales, comparisons, directory)
+    return 0
+
+
+def report_cuts(scorers: dict[str, Scores]) -> None:
+    for name, scorer in scorers.items():
+        if isinstance(scorer, Classifier) and scorer.cut:
+            warn(f"scorers.{name}: {scorer.cut} texts were longer than its {scorer.longest()} tokens and were cut")

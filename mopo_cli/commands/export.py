@@ -1,0 +1,122 @@
+"""`mopo export`: a folder to share, with weights, tokenizer and a model card that says what was measured."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from mopo_cli.base.console import say, stage, warn
+from mopo_cli.base.errors import UserError
+from mopo_cli.base.files import read_json, write_json
+from mopo_cli.config import compose
+from mopo_cli.config.schema import ExportConfig
+from mopo_cli.data.directions import directions_of
+from mopo_cli.evaluation.card import model_card
+from mopo_cli.evaluation.entrants import SHARED_SUMMARY, Entrant, finished_run, newest_run
+from mopo_cli.evaluation.prompts import framed_text
+from mopo_cli.runs.session import quiet_libraries
+
+PRIVATE = ("training_args.bin", "README.md")  # written anew, or of no use to others
+
+
+def command(composed: DictConfig) -> int:
+    """Write the folder, whole or not at all."""
+    settings: ExportConfig = compose.typed(composed, ExportConfig)
+    if not settings.to:
+        raise UserError("to: not set; give the folder to write, as to=DIR")
+    entrant = finished_run(settings.run or str(newest_run()))
+    target = Path(settings.to).expanduser()
+    check_target(target, entrant.run.path, settings.overwrite)
+    quiet_libraries()
+    with stage("export", 1):
+        adapter = (entrant.run.model / "adapter_config.json").is_file() and not settings.merge
+        if adapter:
+            check_base(entrant)
+        temporary = target.with_name(f".{target.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            write_folder(entrant, temporary, adapter, settings.merge)
+            shutil.rmtree(target, ignore_errors=True)
+            temporary.rename(target)
+        except OSError as error:
+            raise UserError(f"to={target}: cannot be written ({error.strerror or error})") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    size = sum(path.stat().st_size for path in target.iterdir())
+    say(f"\nfolder         {target} ({size / 2**20:.1f} MiB{', an adapter' if adapter else ''})")
+    say(f"model card     {target / 'README.md'}")
+    say(f"to share it    hf upload USER/NAME {target}")
+    return 0
+
+
+def check_target(target: Path, run: Path, overwrite: bool) -> None:
+    """UserError where the folder must not be written, or holds something that is no model."""
+    if target.exists() and not target.is_dir():
+        raise UserError(f"to={target}: this is a file, not a directory")
+    here, there = target.resolve(), run.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise UserError(f"to={target}: lies in the run's directory, or holds it; choose another folder")
+    if not (target.is_dir() and any(target.iterdir())):
+        target.absolute().parent.mkdir(parents=True, exist_ok=True)
+        return
+    if not overwrite:
+        raise UserError(f"to={target}: is not empty; choose another folder, or overwrite=true")
+    if not any((target / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise UserError(f"to={target}: holds no model, so it is not replaced; choose another folder")
+
+
+def check_base(entrant: Entrant) -> None:
+    """UserError where nobody could load the adapter; a warning where nobody else could."""
+    base = read_json(entrant.run.model / "adapter_config.json").get("base_model_name_or_path")
+    if not base or (entrant.trained is not None and entrant.trained.model.init == "random"):
+        raise UserError(
+            f"run={entrant.path}: its adapter belongs to random weights that nobody else has; merge=true writes a "
+            "whole model"
+        )
+    if Path(str(base)).expanduser().is_dir():
+        warn(f"the adapter needs its base model at {base}, which others have not; merge=true writes a whole model")
+
+
+def write_folder(entrant: Entrant, folder: Path, adapter: bool, merge: bool) -> None:
+    run = entrant.run
+    if merge and (run.model / "adapter_config.json").is_file():
+        write_merged(entrant, folder)
+    else:
+        shutil.copytree(run.model, folder, ignore=shutil.ignore_patterns(*PRIVATE))
+    later = run.path / "evaluation.json"
+    evaluation: dict[str, Any] | None = read_json(later) if later.exists() else None
+    prompt = framed_text(run, "How do I boil an egg?", entrant.condition)
+    directions = directions_of(run.model)
+    if directions is not None:
+        directions.save(folder)
+    card = model_card(run.settings(), entrant.summary, provenance_of(entrant), adapter, prompt, evaluation, directions)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    write_json(folder / SHARED_SUMMARY, entrant.summary)
+
+
+def provenance_of(entrant: Entrant) -> dict[str, Any]:
+    path = entrant.run.provenance
+    found = read_json(path) if path.exists() else {}
+    return {key: json.dumps(v, ensure_ascii=False) if isinstance(v, dict | list) else v for key, v in found.items()}
+
+
+def write_merged(entrant: Entrant, folder: Path) -> None:
+    """The base model with the adapter's weights added, in the precision that the run was trained in."""
+    from dataclasses import replace
+
+    from transformers import AutoTokenizer
+
+    from mopo_cli.models.load import load_policy
+    from mopo_cli.models.save import load_weights, save_model
+
+    assert entrant.trained is not None
+    model = entrant.trained.model
+    tokenizer = AutoTokenizer.from_pretrained(entrant.run.model)
+    whole = replace(model, lora=replace(model.lora, quantise=None))  # a base in 4 bits could not be written back
+    policy: Any = load_policy(whole, tokenizer, entrant.trained.seed)
+    load_weights(policy, entrant.run.model)
+    save_model(policy.merge_and_unload(), tokenizer, folder)

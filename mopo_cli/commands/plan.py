@@ -1,0 +1,153 @@
+"""`mopo plan`: what is attainable, said in tables before anything is aligned."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from accelerate.utils import set_seed
+from hydra.utils import get_class
+from omegaconf import DictConfig
+from rich.table import Table
+
+from mopo_cli.algorithms.mopo.core import Mopo
+from mopo_cli.base.console import say, show
+from mopo_cli.base.errors import UserError
+from mopo_cli.base.files import write_json
+from mopo_cli.base.processes import build_accelerator
+from mopo_cli.config import checks, compose
+from mopo_cli.config.compose import algorithm_name
+from mopo_cli.config.schema import PlanConfig
+from mopo_cli.pipeline.train import check
+from mopo_cli.planning.attainable import GIVEN_UP, WANTED, Plan, check_pairs, fit, make_plan
+from mopo_cli.runs.directory import claim
+from mopo_cli.runs.session import quiet_libraries
+from mopo_cli.training.inputs import prepare_inputs
+
+
+# --------------------------------------------------------------------------------------------- the command
+def command(composed: DictConfig) -> int:
+    """Predict, print, and write plan.json and a figure."""
+    config: PlanConfig = compose.typed(composed, PlanConfig)
+    check(config)
+    checks.check_plan(config)
+    run = claim(config.run.dir, resume=False)
+    started = time.perf_counter()
+    quiet_libraries()
+    set_seed(config.seed)
+    if get_class(config.algorithm["_target_"]) is not Mopo:
+        raise UserError(f"algorithm={algorithm_name(config)}: mopo plan predicts for algorithm=mopo; leave it out")
+    inputs = prepare_inputs(config)
+    check_pairs(inputs)
+    accelerator = build_accelerator()
+    judge, accuracy = fit(config, accelerator, inputs)
+    plan = make_plan(config, inputs, judge, accuracy, started)
+    from mopo_cli.planning.figures import draw_plan
+
+    run.path.mkdir(parents=True, exist_ok=True)
+    run.config.write_text(compose.to_yaml(composed), encoding="utf-8")
+    figure = draw_plan(plan, run.figures / "plan.png")
+    write_json(run.path / "plan.json", asdict(plan))
+    show_plan(plan)
+    say(f"plan           {run.path / 'plan.json'}")
+    say(f"figure         {figure}")
+    return 0
+
+
+def show_plan(plan: Plan) -> None:
+    """Tables for a person: what the objective set asks, what a secondary costs, and what to set."""
+    say("")
+    show(_asked_table(plan))
+    if plan.suggestions:
+        primary = next(name for name, a in plan.objectives.items() if a.role == "primary")
+        say(f"\nas much {primary} as possible with one secondary at least so high, the others left free\n")
+        show(_suggestion_table(plan, primary))
+    say("")
+    for text in advice(plan):
+        say(text)
+    say("")
+
+
+def _table(left: Sequence[str], right: Sequence[str]) -> Table:
+    table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for column in left:
+        table.add_column(column, no_wrap=True)
+    for column in right:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _asked_table(plan: Plan) -> Table:
+    known = any(a.exact is not None for a in plan.objectives.values())
+    columns = ["threshold", "reference", "predicted", "attainable", "price λ", "verdict"]
+    table = _table(["objective", "role"], columns + (["exact"] if known else []))
+    colours = {"binds": "green", "never binds": "yellow"}
+    for name, a in plan.objectives.items():
+        colour = colours.get(a.verdict, "red")
+        row = [
+            name,
+            a.role,
+            "" if a.threshold is None else f"{a.threshold:.3f}" + ("*" if a.scheduled else ""),
+            f"{a.reference:.3f}",
+            f"{a.win_rate:.3f} ± {a.ci95:.3f}",
+            f"{a.attainable:.3f}",
+            "" if a.dual is None else f"{a.dual:.2f}",
+            f"[{colour}]{a.verdict}[/]" if a.verdict else "",
+        ]
+        table.add_row(*row, *(["" if a.exact is None else f"{a.exact:.3f}"] if known else []))
+    return table
+
+
+def _suggestion_table(plan: Plan, primary: str) -> Table:
+    known = any(line["exact"] is not None for line in plan.suggestions)
+    columns = ["at least", primary, "price λ", "KL, nats"] + (["exact"] if known else [])
+    table = _table(["secondary"], [*columns, "set"])
+    last = ""
+    for line in plan.suggestions:
+        if last and line["secondary"] != last:
+            table.add_section()
+        shown = "" if line["secondary"] == last else line["secondary"]
+        last = line["secondary"]
+        row = [
+            shown,
+            f"{line['at_least']:.2f}",
+            f"{line['primary']:.3f} ± {line['ci95']:.3f}",
+            f"{line['dual']:.2f}",
+            f"{line['kl']:.2f}",
+        ]
+        exact = ["–" if line["exact"] is None else f"{line['exact']:.3f}"] if known else []
+        table.add_row(*row, *exact, f"[dim]{line['override']}[/]")
+    return table
+
+
+def advice(plan: Plan) -> list[str]:
+    """One line for each thing that a user should know or set."""
+    lines = []
+    for name, a in plan.objectives.items():
+        if a.verdict == "infeasible":
+            lines.append(f"{name}: {a.threshold:.3f} is out of reach; at most {a.attainable:.3f} is attainable, alone")
+        if a.verdict == "never binds":
+            lines.append(f"{name}: {a.threshold:.3f} never binds: {a.win_rate:.3f} is reached without asking for it")
+    if any(a.verdict == "infeasible together" for a in plan.objectives.values()):
+        lines.append("each threshold is attainable alone, but not all together: lower one of them")
+    s = plan.settings
+    loss = ", ".join(f"{name} {a.pessimism:.3f}" for name, a in plan.objectives.items() if a.role == "secondary")
+    lines.append(
+        f"epsilon     {s.epsilon:.2g} on {s.n_eff:.0f} prompts: constraints are met with that much to spare: {loss}"
+    )
+    if s.refreshes:
+        lines.append(
+            f"* on the schedule; beta={s.beta:g} t0={s.t0:g} gives up at most {GIVEN_UP:.0%} over the run, and each "
+            "refresh more than its noise"
+        )
+    else:
+        lines.append("t0          inf: every threshold is your own, and a lagged reference would only move the optimum")
+    need = ", ".join(f"{name} {a.pairs_needed}" for name, a in plan.objectives.items())
+    lines.append(f"pairs       for ±{WANTED:g} from labels at this optimum: {need}; held out are {plan.labelled_pairs}")
+    need = ", ".join(f"{name} {a.prompts_needed}" for name, a in plan.objectives.items())
+    lines.append(f"prompts     for ±{WANTED:g} from samples of the policy (onpolicy.prompts): {need}")
+    for front in plan.pairs:
+        if front.distance is not None:
+            lines.append(f"{front.primary} over {front.secondary}: {front.distance:.3f} from the exact front at most")
+    return lines

@@ -1,0 +1,204 @@
+"""`mopo sample`: responses of a trained model to a person's own prompts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from omegaconf import DictConfig
+from torch import nn
+
+from mopo_cli.base.console import say, warn
+from mopo_cli.base.errors import UserError
+from mopo_cli.base.types import Corpus, Example, Text
+from mopo_cli.config import checks, compose
+from mopo_cli.config.schema import SampleConfig
+from mopo_cli.data.directions import directions_of, parsed
+from mopo_cli.data.encoder import Encoder
+from mopo_cli.data.prepare import resolve_objectives
+from mopo_cli.evaluation.entrants import MODEL_FILES, Entrant, finished_run, newest_run
+from mopo_cli.evaluation.measure import POLICY_SEED, REFERENCE_SEED, sampled_answers, win_rates
+from mopo_cli.evaluation.prompts import in_form_of, known_example
+from mopo_cli.evaluation.responses import load_judge, on_device, reading, tokenizer_of
+from mopo_cli.judging.judges import Answers, PreferenceFeatures, own_judge
+from mopo_cli.models.load import load_policy
+from mopo_cli.models.logprobs import collator_of
+from mopo_cli.models.reference import Snapshot, loaded, snapshot
+from mopo_cli.models.save import load_weights
+from mopo_cli.runs.session import quiet_libraries
+
+Rates = dict[str, list[np.ndarray]]  # by objective, (n,) win rates of each prompt's responses
+
+
+@dataclass
+class Speaker:
+    """A model that responds; of a run, with its reference and preference model."""
+
+    entrant: Entrant
+    policy: nn.Module
+    encoder: Encoder
+    features: PreferenceFeatures | None = None
+    initial: Snapshot | None = None
+
+
+def command(composed: DictConfig, prompt: str | None = None) -> int:
+    """Print responses. `prompt` is the text of prompt=, which is no config: any character may stand in it."""
+    settings: SampleConfig = compose.typed(composed, SampleConfig)
+    check(settings)
+    asked = asked_prompts(settings, prompt)
+    entrant = entrant_of(settings)
+    condition = condition_of(entrant, settings.direction)
+    quiet_libraries()
+    speaker = load_speaker(settings, entrant)
+    examples = [example_of(settings, entrant, text) for text in asked]
+    for example, text in zip(examples, asked, strict=True):
+        size = len(speaker.encoder.conditioned(condition).prompt_ids(example.prompt, example.responses[0]))
+        if size >= speaker.encoder.max_length:
+            limit = speaker.encoder.max_length
+            raise UserError(f"prompt {text[:40]!r}: its {size} tokens fill the context of {limit} (model.max_length)")
+    answers = sampled_answers(
+        speaker.policy, speaker.encoder, examples, settings.n, settings.sampling, settings.seed + POLICY_SEED, condition
+    )
+    rates = judged(settings, speaker, examples, answers)
+    if condition:
+        say(f"told: {condition}")
+    for i, text in enumerate(asked):
+        if len(asked) > 1:
+            say(("" if i == 0 else "\n") + f"> {printable(text)}")
+        for m, response in enumerate(answers.texts[i]):
+            told = "  ".join(f"{name} {found[i][m]:.2f}" for name, found in rates.items())
+            mark = f"[{m + 1}]  " if settings.n > 1 else ""
+            if settings.n > 1 or told:
+                say(f"{mark}{told}".rstrip())
+            say(printable(response))
+    return 0
+
+
+def check(settings: SampleConfig) -> None:
+    checks.check_sampling(settings.sampling)
+    if settings.n < 1:
+        raise UserError(f"n={settings.n}: must be 1 or more")
+    if settings.compare < 0:
+        raise UserError(f"compare={settings.compare}: must be 0 or more")
+
+
+def asked_prompts(settings: SampleConfig, prompt: str | None) -> list[str]:
+    """The prompts of the command line, of standard input or of a file; UserError where there is none."""
+    if (prompt is None) == (settings.prompts is None):
+        both = "both prompt and prompts are" if prompt is not None else "neither prompt nor prompts is"
+        raise UserError(f'{both} set; give one, as prompt="How do I boil an egg?", prompt=- or prompts=FILE')
+    if settings.prompts is not None:
+        return prompts_of(Path(settings.prompts).expanduser())
+    text = sys.stdin.read().removesuffix("\n") if prompt == "-" else str(prompt)
+    if not text.strip():
+        raise UserError("prompt: is empty")
+    return [text]
+
+
+def prompts_of(path: Path) -> list[str]:
+    """One prompt a line: as text, or in a JSON Lines file as the value of `prompt`."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompts={path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if not lines:
+        raise UserError(f"prompts={path}: holds no prompts")
+    return [_prompt(line, f"{path}:{n}") for n, line in enumerate(lines, 1)] if path.suffix == ".jsonl" else lines
+
+
+def _prompt(line: str, where: str) -> str:
+    try:
+        found = json.loads(line)["prompt"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f'{where}: expected a JSON object with a prompt, as {{"prompt": "..."}}') from None
+    if not isinstance(found, str) or not found.strip():
+        raise UserError(f"{where}: prompt must be a string that is not empty")
+    return found
+
+
+def entrant_of(settings: SampleConfig) -> Entrant:
+    """The run, or plain model, that responds."""
+    if settings.run is None and settings.model.path is not None:
+        return Entrant(Path(settings.model.path).name, settings.model.path, "model")
+    path = Path(settings.run).expanduser() if settings.run else newest_run()
+    if any((path / name).is_file() for name in MODEL_FILES):
+        return Entrant(path.name, str(path), "model")
+    return finished_run(str(path))
+
+
+def condition_of(entrant: Entrant, direction: str | None) -> str:
+    """What the policy is told: as its run was evaluated, or for a direction; UserError where it takes none."""
+    if direction is None:
+        return entrant.condition
+    known = directions_of(entrant.model)
+    if known is None:
+        raise UserError(
+            f"direction={direction}: {entrant.path} takes no direction; policies trained by algorithm=dpa, "
+            "ric or mopo_conditioned do"
+        )
+    return known.condition(parsed(direction))
+
+
+def load_speaker(settings: SampleConfig, entrant: Entrant) -> Speaker:
+    model = entrant.trained.model if entrant.trained else replace(settings.model, path=entrant.path)
+    encoder = Encoder(tokenizer_of(entrant, model), model.max_length, model.chat_template)
+    policy = on_device(load_policy(model, encoder.tokenizer, settings.seed), model)
+    if entrant.trained is None:
+        return Speaker(entrant, policy, encoder)
+    run = entrant.run
+    speaker = Speaker(entrant, policy, encoder)
+    if settings.compare and (run.preference_model / "preference_model.json").is_file():
+        collate = collator_of(policy, encoder)
+        speaker.features = PreferenceFeatures(load_judge(run, policy), encoder, collate)
+        if run.reference.is_dir():
+            with reading(run.reference):
+                load_weights(policy, run.reference)
+        speaker.initial = snapshot(policy)
+    with reading(run.model):
+        load_weights(policy, run.model)
+    return speaker
+
+
+def example_of(settings: SampleConfig, entrant: Entrant, prompt: str) -> Example:
+    """The prompt in the form that the model knows, with what stands for a response, which tells how a prompt ends."""
+    example, response = known_example(entrant.run) if entrant.trained else ("", "x")
+    chat = settings.chat
+    text: Text = [{"role": "user", "content": prompt}] if chat else prompt
+    if chat is None:
+        text = in_form_of(prompt, example)
+    return Example(text, (response,), (), ())
+
+
+def judged(settings: SampleConfig, speaker: Speaker, examples: Sequence[Example], answers: Answers) -> Rates:
+    """Win rates of each response, by objective, against samples of the run's reference; empty without a judge."""
+    entrant = speaker.entrant
+    if speaker.features is None or speaker.initial is None or entrant.trained is None:
+        return {}
+    with loaded(speaker.policy, speaker.initial):
+        reference = sampled_answers(
+            speaker.policy, speaker.encoder, examples, settings.compare, settings.sampling,
+            settings.seed + REFERENCE_SEED,
+        )  # fmt: skip
+    nodes = entrant.trained.objectives
+    objectives = resolve_objectives(nodes, Corpus(tuple(node.source or name for name, node in nodes.items()), ()))
+    rates = {}
+    for k, objective in enumerate(objectives):
+        judge = own_judge(objective, None, speaker.features, k)
+        try:
+            found = [judge.measure(examples, of) for of in (answers, reference)]
+        except UserError as error:  # a function that needs the row's context, which a person's prompt has not
+            warn(str(error))
+            continue
+        rates[objective.name] = win_rates(judge, *found)
+    if rates:
+        say(f"win rates against {settings.compare} samples of the reference, by the run's own judges")
+    return rates
+
+
+def printable(text: str) -> str:
+    """The text without control characters, which could write anything on a terminal."""
+    return "".join(c for c in text if c in "\n\t" or c.isprintable())

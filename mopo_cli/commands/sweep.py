@@ -1,0 +1,101 @@
+"""`mopo sweep`: a run at every point, from the config to the exit status."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import HydraException
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+
+from mopo_cli.base.errors import UserError
+from mopo_cli.config import checks, compose, schema
+from mopo_cli.runs.directory import RunDirectory, open_run
+from mopo_cli.sweeps.board import show_plan
+from mopo_cli.sweeps.engine import Sweep, _record, check
+from mopo_cli.sweeps.eta import estimate
+from mopo_cli.sweeps.points import (
+    check_different,
+    compose_point,
+    first_choice,
+    key_of,
+    known_runs,
+    parse,
+    preset_grids,
+    settings_of,
+)
+from mopo_cli.sweeps.pools import start_server
+from mopo_cli.sweeps.results import earlier_runs
+
+OWN = ("sweep", "launcher", "sweeper")
+GIVEN_ANEW = ("sweep.name", "sweep.dir", "sweep.retry", "sweep.dry_run")  # left out of the command that goes on
+
+
+def command(overrides: Sequence[str], user_config_dir: str | None, show_config: bool) -> int:
+    """Run every point; exit status 1 when one failed."""
+    own = [o for o in overrides if key_of(o).partition(".")[0] in OWN]
+    asked = [o for o in overrides if o not in own]
+    first = [first_choice(override) for override in parse(asked)]
+    _check_own_directories(first)
+    compose.check_experiment("sweep", first, user_config_dir)
+    preset = [override for override in first if key_of(override) == "experiment"]
+    composed = compose.compose("sweep", [*own, *preset], user_config_dir)  # the points are composed each by itself
+    settings: schema.SweepConfig = compose.typed(composed.sweep, schema.SweepConfig)
+    checks.check_sweep(settings)
+    if not show_config and not settings.dry_run:
+        start_server()  # it imports what runs need while their configs are composed
+    launcher, sweeper = _built(composed.launcher, "launcher"), _built(composed.sweeper, "sweeper")
+    directory = Path(settings.dir).expanduser()
+    sweeper.check()
+    earlier = earlier_runs(directory)
+    grids = preset_grids(composed, asked)
+    points = sweeper.open(grids, settings.zip, [overrides for _, overrides in earlier])
+    known = [compose_point(point, directory, user_config_dir) for point in points.known()]
+    if len(grids) > 1:
+        check_different(known)
+    if show_config:
+        print(compose.to_yaml(known[0].composed), end="")
+        return 0
+    launcher.check()
+    trials = known_runs(known, directory)
+    check(trials, directory, settings)
+    expected = estimate([(settings_of(trial), trial.run) for trial in trials], directory)
+    if settings.dry_run:
+        show_plan(directory, [(trial.run, _record(trial)) for trial in trials], points.total, settings.retry, expected)
+        return 0
+    again = ["mopo", "sweep", *_config_dir(user_config_dir), *(o for o in overrides if key_of(o) not in GIVEN_ANEW)]
+    lock = open_run(RunDirectory(directory))  # a second `mopo sweep` here is refused until this process has gone
+    try:
+        by_point = dict(zip((trial.point.id for trial in known), trials, strict=True))
+        sweep = Sweep(directory, settings.retry, points, by_point, user_config_dir)
+        return sweep.run(
+            launcher, earlier, expected, shlex.join([*again, f"sweep.dir={compose.in_grammar(str(directory))}"])
+        )
+    finally:
+        lock.close()
+
+
+def _config_dir(path: str | None) -> list[str]:
+    return ["--config-dir", path] if path else []
+
+
+def _built(composed: DictConfig, group: str) -> Any:
+    """The record that a launcher's or sweeper's config names by _target_; UserError where it does not fit."""
+    values = {str(key): value for key, value in composed.items()}
+    try:
+        schema = get_class(values.pop("_target_"))
+    except (HydraException, ImportError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{group}._target_: {' '.join(str(error).split())}") from None
+    try:
+        return compose.typed(OmegaConf.create(values), schema)
+    except UserError as error:
+        raise UserError(f"{group}.{error}") from None
+
+
+def _check_own_directories(overrides: Sequence[str]) -> None:
+    fixed = next((o for o in overrides if o.startswith(("run.dir=", "run.name=", "run.resume="))), None)
+    if fixed:
+        raise UserError(f"{fixed}: each point of a sweep has a directory of its own; use sweep.dir= or sweep.name=")

@@ -1,0 +1,1 @@
+"""Configs: schema, composition, checks."""

@@ -1,0 +1,217 @@
+"""From the command line to a config: Hydra composes conf/, and every mistake becomes one UserError."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from hydra.utils import instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mopo_cli.base.errors import UserError
+from mopo_cli.config.schema import TrainConfig
+
+GROUPS = ("dataset", "model", "objectives", "scorers", "algorithm", "hparams", "logger", "structures", "experiment")
+GROUPS += ("sweeper", "launcher")
+
+
+def config_dir() -> Path:
+    """conf/: inside the package in a wheel, beside it in a checkout."""
+    packaged = Path(__file__).parents[1] / "conf"
+    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "conf"
+
+
+def compose(command: str, overrides: list[str], user_config_dir: str | None = None) -> DictConfig:
+    """The composed config of a command (conf/<command>.yaml), or a UserError about the override at fault."""
+    if user_config_dir is not None:
+        if not Path(user_config_dir).is_dir():
+            raise UserError(f"--config-dir {user_config_dir}: no such directory")
+        overrides = [*overrides, f"hydra.searchpath=[file://{Path(user_config_dir).resolve()}]"]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_dir().resolve()), version_base="1.3"):
+        try:
+            config = hydra_compose(command, overrides)
+            OmegaConf.resolve(config)
+            return config
+        except OverrideParseException as error:
+            reason = _one_line(error).partition(" See https://")[0]
+            raise UserError(f"cannot read the override {error.override!r}: expected key=value ({reason})") from error
+        except MissingConfigException as error:
+            raise UserError(_missing_option(error)) from error
+        except ConfigCompositionException as error:
+            raise UserError(_unknown_key(command, overrides, error)) from error
+        except (HydraException, OmegaConfBaseException, ValueError) as error:  # dataset=null is a ValueError
+            raise UserError(_one_line(error)) from error
+
+
+def in_grammar(text: str) -> str:
+    """A string as the value of an override: as it is, or quoted where Hydra would read it otherwise."""
+    if re.fullmatch(r"[\w./-]+", text):
+        return text
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def check_experiment(command: str, overrides: Sequence[str], user_config_dir: str | None = None) -> None:
+    """UserError where the preset that is asked for (experiment=NAME) belongs to another command."""
+    for override in overrides:
+        key, _, name = override.lstrip("+").partition("=")
+        for directory in (Path(user_config_dir or config_dir()), config_dir()):
+            path = directory / "experiment" / f"{name}.yaml"
+            if key == "experiment" and path.is_file():
+                wanted = OmegaConf.select(OmegaConf.load(path), "experiment.command", default=command)
+                if wanted != command:
+                    raise UserError(f"experiment={name}: this preset is for `mopo {wanted}`, not for `mopo {command}`")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+
+
+def group_options(group: str) -> list[str]:
+    return sorted(path.stem if path.suffix == ".yaml" else path.name for path in (config_dir() / group).glob("*.yaml"))
+
+
+def command_groups(command: str) -> list[str]:
+    """The groups that a command's defaults choose from, in the order of GROUPS."""
+    defaults = OmegaConf.to_container(OmegaConf.load(config_dir() / f"{command}.yaml"))
+    assert isinstance(defaults, dict)
+    chosen = [entry if isinstance(entry, str) else next(iter(entry)) for entry in defaults.get("defaults", [])]
+    inherited = [
+        group for name in chosen if (config_dir() / f"{name}.yaml").is_file() for group in command_groups(name)
+    ]
+    return [group for group in GROUPS if group in (*chosen, *inherited)]
+
+
+def _missing_option(error: MissingConfigException) -> str:
+    name = str(error.missing_cfg_file or "")
+    group, _, option = name.rpartition("/")
+    if group not in GROUPS:
+        return _one_line(error)
+    options = group_options(group)
+    return f"{group}={option}: no such option{_did_you_mean(option, options)}. Allowed: {', '.join(options)}"
+
+
+def _did_you_mean(word: str, words: list[str]) -> str:
+    close = difflib.get_close_matches(word, words, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _unknown_key(command: str, overrides: list[str], error: ConfigCompositionException) -> str:
+    text = _one_line(error) + (" " + _one_line(error.__cause__) if error.__cause__ else "")
+    found = re.search(r"(?:Could not override|Could not delete from config\.) '([^']+)'", text)
+    if not found:
+        return text
+    # The keys of the groups that the user chose: dataset=pairs has others than the default.
+    keys = _keys(hydra_compose(command, [override for override in overrides if _chooses_group(override)]))
+    key = found.group(1)
+    parent = _deepest_parent(key, keys)
+    siblings = ", ".join(_children(parent, keys))
+    close = _closest_key(key, parent, keys)
+    hint = f" (did you mean {close}?)" if close else ""
+    return f"{key}: no such key{hint}. Allowed{f' in {parent}' if parent else ''}: {siblings}"
+
+
+def _chooses_group(override: str) -> bool:
+    name, equals, value = override.partition("=")
+    group = name.lstrip("+").partition("@")[0]
+    return bool(equals and value) and (group == "hydra.searchpath" or (group != "" and (config_dir() / group).is_dir()))
+
+
+def _deepest_parent(key: str, keys: list[str]) -> str:
+    """The longest part of `key` that is a mapping of the config; "" for the top level."""
+    parent = key.rpartition(".")[0]
+    while parent and not _children(parent, keys):
+        parent = parent.rpartition(".")[0]
+    return parent
+
+
+def _children(parent: str, keys: list[str]) -> list[str]:
+    return [name for above, _, name in (key.rpartition(".") for key in keys) if above == parent]
+
+
+def _closest_key(key: str, parent: str, keys: list[str]) -> str | None:
+    """The key that was meant: one letter off in the part that is unknown, in another place, or alike as a whole."""
+    unknown, *rest = key[len(parent) + bool(parent) :].split(".")
+    near = difflib.get_close_matches(unknown, _children(parent, keys), n=1)
+    repaired = ".".join([*([parent] if parent else []), *near, *rest])
+    if near and repaired in keys:
+        return repaired
+    elsewhere = [other for other in keys if other.rpartition(".")[2] == key.rpartition(".")[2]]
+    close = difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.0) or difflib.get_close_matches(key, keys, n=1)
+    return close[0] if close else None
+
+
+def _keys(config: DictConfig, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for key, value in config.items():
+        keys.append(f"{prefix}{key}")
+        if isinstance(value, DictConfig):
+            keys += _keys(value, f"{prefix}{key}.")
+    return keys
+
+
+def typed(config: DictConfig, schema: type) -> Any:
+    """The config as a record of `schema`; a wrong type or an unknown key is a UserError that names it."""
+    try:
+        fields = schema.__dataclass_fields__
+        unknown = [str(key) for key in config if key not in fields and key not in ("sweep", "experiment")]
+        if unknown:
+            raise UserError(
+                f"{unknown[0]}: no such key{_did_you_mean(unknown[0], list(fields))}. Allowed: {', '.join(fields)}"
+            )
+        known = {key: config[key] for key in config if key in fields}
+        if isinstance(known.get("debug"), bool) and schema.__dataclass_fields__["debug"].type != "bool":
+            known["debug"] = {"traceback": known["debug"]}
+        empty = OmegaConf.structured(schema)
+        for key, value in known.items():
+            if OmegaConf.is_dict(empty[key]) and not isinstance(value, dict | DictConfig):
+                inside = f" ({', '.join(map(str, empty[key]))})" if empty[key] else ""
+                raise UserError(f"{key}: {value} is no group of keys{inside}")
+        return OmegaConf.to_object(OmegaConf.merge(empty, known))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "config"
+        raise UserError(f"{key}: {str(error).splitlines()[0]}") from error
+
+
+def algorithm_name(config: TrainConfig) -> str:
+    """What reports call the method."""
+    return option_name(config.algorithm)
+
+
+def option_name(group: Mapping[str, Any]) -> str:
+    """The option that a group's config is: its name, else what _target_ names, as configs of old have none."""
+    return str(group.get("name") or str(group.get("_target_") or "").rpartition(".")[2].lower())
+
+
+def to_yaml(config: Any) -> str:
+    """YAML of a composed or typed config."""
+    if not isinstance(config, DictConfig | ListConfig):
+        config = OmegaConf.structured(config)
+    return OmegaConf.to_yaml(config)
+
+
+def build(node: dict[str, Any], what: str, **arguments: Any) -> Any:
+    """Instantiate a config node; a wrong argument is a UserError, a UserError inside passes through."""
+    try:
+        return instantiate(node, _convert_="all", **arguments)
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, UserError):
+            raise cause from None
+        reason = f"{type(cause).__name__}: {cause}" if cause else str(error).splitlines()[0]
+        raise UserError(f"{what} ({node.get('_target_')}): {' '.join(reason.split())[:300]}") from error

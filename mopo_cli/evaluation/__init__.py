@@ -1,0 +1,1 @@
+"""What a policy is worth: responses, measurements, verdicts and what tells of them."""

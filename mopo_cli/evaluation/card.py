@@ -1,0 +1,176 @@
+"""The model card of a run: what it was aligned to, what was measured, where the labels come from, how to use it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from mopo_cli.data.directions import Directions, Levels
+
+VERDICTS = {"yes": "yes", "no": "no", "undecided": "undecided (the interval holds the threshold)"}
+
+
+def model_card(
+    settings: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    adapter: bool = False,
+    prompt: str | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+    directions: Directions | Levels | None = None,
+) -> str:
+    """Markdown with the hub's metadata in front.
+
+    settings: the run's config. summary, provenance: its summary.json and provenance.json. adapter: whether the folder
+    holds a LoRA adapter alone. prompt: an example in the form that the model knows. evaluation: a later
+    evaluation.json. directions: what a policy that is told the user's wishes understands.
+    """
+    model, measured = settings["model"], evaluation or summary
+    base = str(model.get("path") or model.get("name") or "a model from scratch")
+    lines = ["---", yaml.safe_dump(_metadata(model, adapter), sort_keys=False).strip(), "---", ""]
+    lines += [f"# {_text(settings['run']['name'])}", ""]
+    lines += [
+        f"Aligned from `{_code(base)}` with mopo {summary['versions']['mopo']} ({_method(settings, summary)}tau "
+        f"{settings['tau']:g}, {summary['train']['steps']} steps, seed {summary['seed']}): "
+        f"{_aim(settings, summary['objectives'])}.",
+        "",
+        *_objectives(measured),
+        *_beside(measured),
+        "",
+        "A win rate is how often a response beats the data's responses to the same prompt; 0.5 is parity. Intervals "
+        "are 95 % bootstrap intervals over prompts.",
+        "",
+    ]
+    if summary.get("condition"):
+        lines += _told(str(summary["condition"]), directions)
+    if prompt is not None:
+        lines += _usage(adapter, prompt)
+    if summary.get("warnings"):
+        lines += ["## Warnings of the run", "", *(f"- {_text(text)}" for text in summary["warnings"]), ""]
+    lines += ["## Data and labels", "", *(f"- {_text(k)}: {_text(v)}" for k, v in provenance.items()), ""]
+    lines += ["## Reproduce", "", f"    {_line(summary.get('command', ''))}", ""]
+    return "\n".join(lines)
+
+
+def _metadata(model: Mapping[str, Any], adapter: bool) -> dict[str, Any]:
+    tags = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
+    base = model.get("path")
+    known = base and not str(base).startswith(("/", ".", "~")) and str(base).count("/") == 1
+    return {**tags, **({"base_model": str(base)} if known else {}), "tags": ["mopo", "preference-optimization"]}
+
+
+def _method(settings: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    """The method's name, with a comma; nothing of a run of old that does not tell."""
+    name = summary.get("algorithm") or (settings.get("algorithm") or {}).get("name")
+    return f"{_text(name)}, " if name else ""
+
+
+def _aim(settings: Mapping[str, Any], objectives: Mapping[str, Any]) -> str:
+    """What was asked of the model: weights or a direction over objectives, else a primary under thresholds."""
+    algorithm = settings.get("algorithm") or {}
+    for key, word in (("weights", "weighed"), ("direction", "in the direction")):
+        if algorithm.get(key):
+            return f"objectives {word} {', '.join(f'{_text(k)} {v:g}' for k, v in algorithm[key].items())}"
+    primary = next((_text(name) for name, o in objectives.items() if o["role"] == "primary"), "its objective")
+    if {"weights", "direction"} & algorithm.keys():  # of its own default, and no threshold is held
+        alike = algorithm.get("name") in ("modpo", "soups", "dpa", "ric")
+        return "all objectives weighed alike" if alike else f"as {primary} as possible"
+    kept = [
+        f"{_text(name)} at least {o['threshold']:.3f}" for name, o in objectives.items() if o["threshold"] is not None
+    ]
+    return f"as {primary} as possible" + (f", with {' and '.join(kept)}" if kept else "")
+
+
+def _objectives(measured: Mapping[str, Any]) -> list[str]:
+    """The table of win rates; without columns about thresholds where none was asked."""
+    asked = any(o["threshold"] is not None for o in measured["objectives"].values())
+    heads = ["objective", "role", *(["threshold"] if asked else []), "win rate", "95 % CI"]
+    heads += [*(["kept"] if asked else []), "judged by"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, o in measured["objectives"].items():
+        low, high = o["win_rate_ci95"]
+        cells = {
+            "objective": _text(name),
+            "role": o["role"],
+            "threshold": "" if o["threshold"] is None else f"{o['threshold']:.3f}",
+            "win rate": f"{o['win_rate']:.3f}",
+            "95 % CI": f"{low:.3f} to {high:.3f}",
+            "kept": VERDICTS.get(o.get("satisfied_with_confidence") or "", ""),
+            "judged by": _text(o["judge"]),
+        }
+        lines.append(f"| {' | '.join(cells[head] for head in heads)} |")
+    return lines
+
+
+def _beside(measured: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if measured.get("kl") is not None:
+        lines += ["", f"KL to the reference: {measured['kl']:.3f} nats a response."]
+    if measured.get("oracle"):
+        exact = ", ".join(f"{_text(name)} {value:.3f}" for name, value in measured["oracle"]["win_rate"].items())
+        lines += ["", f"Exact win rates: {exact}."]
+    return lines
+
+
+def _told(condition: str, directions: Directions | Levels | None) -> list[str]:
+    """What stands in front of a prompt, and what else may stand there."""
+    lines = [
+        "## What the model is told",
+        "",
+        f"A line in front of the prompt, or of a conversation's system message, says what is wanted: "
+        f"`{_code(condition)}` where the numbers above were measured.",
+    ]
+    if directions is None:
+        return [*lines, ""]
+    examples = directions.examples
+    lines += [
+        f"It knows {_text(directions.span)}. What is wanted becomes such a line:",
+        "",
+        "| direction | line |",
+        "|---|---|",
+        *(f"| {_direction(one)} | `{_code(directions.condition(one))}` |" for one in examples),
+        "",
+        "Responses at a direction, with this folder or the run's:",
+        "",
+        f'    mopo sample run=. direction="{_direction(examples[-1])}" prompt="How do I boil an egg?"',
+        "",
+    ]
+    return lines
+
+
+def _direction(weights: Mapping[str, float]) -> str:
+    return ",".join(f"{name}={weight:g}" for name, weight in weights.items())
+
+
+def _usage(adapter: bool, prompt: str) -> list[str]:
+    needs = " (with peft installed, which loads the base model below the adapter)" if adapter else ""
+    return [
+        "## Use",
+        "",
+        f"The model goes on after a prompt of this form{needs}:",
+        "",
+        "    from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        '    path = "."  # this folder, or its id on the hub',
+        "    tokenizer = AutoTokenizer.from_pretrained(path)",
+        "    model = AutoModelForCausalLM.from_pretrained(path)",
+        f'    inputs = tokenizer({prompt!r}, return_tensors="pt")',
+        "    output = model.generate(**inputs, do_sample=True, max_new_tokens=256)",
+        '    print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))',
+        "",
+    ]
+
+
+def _line(value: object) -> str:
+    return " ".join(str(value).split())
+
+
+def _text(value: object) -> str:
+    """A value as text of one line: no mark-up, no cell border."""
+    return _line(value).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+
+
+def _code(value: object) -> str:
+    return _line(value).replace("`", "'")

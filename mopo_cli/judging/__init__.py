@@ -1,0 +1,1 @@
+"""What judges say of responses: preference models, scorers and computed objectives."""

@@ -1,0 +1,138 @@
+"""What the preference model and computed objectives say of responses: the data's, and those sampled from a policy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mopo_cli.base.types import Example, Objective
+from mopo_cli.data.batches import Collator
+from mopo_cli.data.prepare import as_text
+from mopo_cli.data.rows import preference
+from mopo_cli.data.table import TokenRow
+from mopo_cli.maths.estimates import leave_one_out
+from mopo_cli.models.preference import PreferenceModel, features_of, win_probabilities
+from mopo_cli.models.sampling import Drawn
+
+SUPPORTING = 1000  # held-out rows that tell what the reference thinks of the data's responses
+
+
+@dataclass
+class JudgedRows:
+    """Rows of one split with what the preference model says of them."""
+
+    objectives: Sequence[Objective]
+    examples: Sequence[Example]
+    tokens: Sequence[TokenRow]
+    features: list[Tensor]  # (G, K, D) preference features of the data's responses
+    win_rates: list[Tensor]  # (G, K) leave-one-out p_bar of the data's responses
+
+
+def judge_rows(
+    model: PreferenceModel,
+    objectives: Sequence[Objective],
+    examples: Sequence[Example],
+    tokens: Sequence[TokenRow],
+    collate: Collator,
+    labels: str,
+) -> JudgedRows:
+    """Leave-one-out win rates from the preference model ("smoothed") or from the labels, the model filling gaps.
+
+    A computed objective's labels are exact, so they are always taken.
+    """
+    features = features_of(model, tokens, collate)
+    taken = [k for k, objective in enumerate(objectives) if labels == "observed" or objective.scorer is not None]
+    win_rates = []
+    for example, feature in zip(examples, features, strict=True):
+        p = win_probabilities(model, feature, feature)
+        _write_labels(p, example, taken)
+        mask = torch.ones(1, len(feature), dtype=torch.bool)
+        win_rates.append(leave_one_out(p[None], mask)[0])
+    return JudgedRows(objectives, examples, tokens, features, win_rates)
+
+
+def _write_labels(p: Tensor, example: Example, columns: Sequence[int]) -> None:
+    for (a, b), row in zip(example.pairs, example.labels, strict=True):
+        for k in columns:
+            if not math.isnan(row[k]):
+                p[a, b, k], p[b, a, k] = row[k], 1.0 - row[k]
+
+
+def judge_samples(
+    model: PreferenceModel,
+    rows: JudgedRows,
+    numbers: Sequence[int],
+    drawn: Sequence[Sequence[Drawn]],
+    collate: Collator,
+) -> tuple[list[TokenRow], list[Tensor]]:
+    """Token rows of samples, and their (M, K) win rates against the data's responses to the same prompt.
+
+    The preference model judges; a computed objective is judged by its own scorer, which is exact.
+    """
+    tokens = [TokenRow(rows.tokens[i].prompt, [d.ids for d in draws]) for i, draws in zip(numbers, drawn, strict=True)]
+    features = features_of(model, tokens, collate)
+    rates = [win_probabilities(model, f, rows.features[i]).mean(1) for i, f in zip(numbers, features, strict=True)]
+    for k, objective in enumerate(rows.objectives):
+        if objective.scorer is not None:
+            for rate, i, draws in zip(rates, numbers, drawn, strict=True):
+                values = computed_rates(objective, rows.examples[i], [d.text for d in draws])
+                rate[:, k] = torch.tensor(values, dtype=rate.dtype)
+    return tokens, rates
+
+
+def response_values(
+    model: PreferenceModel,
+    objectives: Sequence[Objective],
+    examples: Sequence[Example],
+    rows: Sequence[TokenRow],
+    texts: Sequence[Sequence[str]],
+    collate: Collator,
+) -> list[Tensor]:
+    """(G, K) values of each row's responses: the preference model's, of Bradley-Terry, or a computed objective's score.
+
+    Values of the preference model compare within a prompt only: a shift of all of a prompt's changes no probability.
+    """
+    if all(objective.scorer is not None for objective in objectives):
+        values = [torch.zeros(len(row.responses), len(objectives)) for row in rows]
+    else:
+        values = [features[..., 0].clone() for features in features_of(model, rows, collate)]
+    for k, objective in enumerate(objectives):
+        if objective.scorer is not None:
+            for value, example, said in zip(values, examples, texts, strict=True):
+                prompt = as_text(example.prompt)
+                value[:, k] = torch.tensor([score_text(objective, prompt, text, example.context) for text in said])
+    return values
+
+
+def computed_rates(objective: Objective, example: Example, texts: Sequence[str]) -> list[float]:
+    """(M,) win rates of texts against the data's responses under a computed objective."""
+    prompt = as_text(example.prompt)
+    data = [score_text(objective, prompt, as_text(r), example.context) for r in example.responses]
+    ours = [score_text(objective, prompt, text, example.context) for text in texts]
+    return [sum(preference(score, other, objective.margin) for other in data) / len(data) for score in ours]
+
+
+def score_text(objective: Objective, prompt: str, response: str, context: str) -> float:
+    assert objective.scorer is not None
+    return float(objective.scorer(prompt, response, context))
+
+
+def support_floor(logps: Sequence[Tensor], share: float) -> float:
+    """The `share` quantile of log pi_ref over the data's responses, (G,) each; -inf for share 0.
+
+    A preference model knows the responses of mu only. What the reference finds less likely than nearly all of them lies
+    outside their support, and its judgement there is a guess: a policy that climbs it is over-optimised.
+    """
+    return float(torch.cat(list(logps)).double().quantile(share)) if share > 0 else -math.inf
+
+
+def empirical(rates: Tensor, known: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Win rates (N, M, K) and the log of the uniform distribution on the known of M samples; all where none is."""
+    known = known | ~known.any(1, keepdim=True)
+    uniform = torch.where(known, -known.sum(1, keepdim=True).double().log(), -math.inf)
+    return rates.double().numpy(), uniform.numpy()

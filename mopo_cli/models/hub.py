@@ -1,0 +1,144 @@
+"""Where a model's files come from, and what is said when they cannot be had."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants, get_session
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from transformers import AutoConfig, PreTrainedConfig
+
+from mopo_cli.base.errors import UserError
+from mopo_cli.config.schema import ModelConfig
+
+OLDER_KEYS = ("rope_theta", "rope_scaling", "torch_dtype")  # spellings of transformers 4 that it still reads
+HUB_TIMEOUT = 5.0  # seconds until the hub counts as unreachable
+
+
+def _read_config(config: ModelConfig) -> PreTrainedConfig:
+    """The config of the model at model.path (of the base model, where that holds an adapter)."""
+    path, base = _source(config), _base_of_adapter(config)
+    if base is not None:
+        return _read_config(base)
+    try:
+        built = AutoConfig.from_pretrained(path, **_hub_arguments(config))
+    except Exception as error:
+        raise UserError(_cannot_load("config", config, error)) from error
+    encoder = getattr(built, "is_decoder", True) is False and not built.model_type.startswith("gpt_neox")
+    if encoder or getattr(built, "is_encoder_decoder", False):
+        raise UserError(f"model.path={path}: a {built.model_type} is no causal (decoder-only) language model")
+    return built
+
+
+def _base_of_adapter(config: ModelConfig) -> ModelConfig | None:
+    """Where model.path holds nothing but a LoRA adapter: the config of the model below it."""
+    path = Path(_source(config))
+    record = path / "adapter_config.json"
+    if not record.is_file() or (path / "config.json").is_file():
+        return None
+    try:
+        base = json.loads(record.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"model.path={config.path}: its adapter_config.json names no base model") from error
+    if not base:
+        raise UserError(f"model.path={config.path}: an adapter whose base model is not known; merge it into its base")
+    return replace(config, path=base, revision=None)
+
+
+def _with_key(text: str, key: str) -> str:
+    """A message about `model.path` that speaks of another key, and of no random weights."""
+    text = re.sub(r"(; )?or (to a hub id; or )?model\.init=random.*", "", text)
+    return re.sub(r"(?<![\w./-])model\.(?=(path|revision|trust_remote_code)\b)", f"{key}.", text)
+
+
+# --------------------------------------------------------------------------------------------- places and messages
+def _is_local(path: str) -> bool:
+    return path.startswith(("/", ".", "~")) or os.path.isdir(path)
+
+
+def _source(config: ModelConfig) -> str:
+    """model.path, checked where it is a directory."""
+    if not config.path:
+        raise UserError(
+            "model.path: not set. Set model.path=DIR (a model directory) or to a hub id; or model.init=random with a "
+            "model.architecture"
+        )
+    if not _is_local(config.path):
+        return config.path
+    path = os.path.expanduser(config.path)
+    if not os.path.isdir(path):
+        raise UserError(f"model.path={config.path}: no such directory")
+    if not any((Path(path) / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise UserError(f"model.path={config.path}: not a model directory (it has no config.json)")
+    return path
+
+
+def _hub_arguments(config: ModelConfig) -> dict[str, Any]:
+    """What every from_pretrained takes. Without a network only the cache is asked: each try would take 20 seconds."""
+    offline = not _is_local(str(config.path)) and not _hub_answers()
+    return {
+        "revision": config.revision,
+        "trust_remote_code": config.trust_remote_code,
+        "local_files_only": offline,
+    }
+
+
+@functools.cache
+def _hub_answers() -> bool:
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
+    except Exception:  # whatever the HTTP library of this version raises
+        return False
+    return True
+
+
+def _cannot_load(what: str, config: ModelConfig, error: BaseException) -> str:
+    path, causes = config.path, list(_causes(error))
+    if "trust_remote_code" in str(error):
+        return f"model.path={path}: its code is not part of transformers; model.trust_remote_code=true runs it"
+    if _is_local(str(path)):
+        return f"model.path={path}: cannot load its {what}: {_one_line(error)}"
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        return (
+            f"model.path={path}: a gated model. Accept its licence at https://huggingface.co/{path}, then log in with "
+            "`hf auth login` or set HF_TOKEN"
+        )
+    if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
+        return f"model.revision={config.revision}: {path} has no such revision on the hub"
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        return (
+            f"model.path={path}: no such model on the hub, and no such directory here (a private model needs "
+            "`hf auth login`)"
+        )
+    found = _one_line(error) if _hub_answers() else "the hub does not answer, and it is not in the cache."
+    return (
+        f"model.path={path}: cannot load the {what} from the hub: {found} To work offline: `hf download {path} "
+        "--local-dir DIR` on a machine with a network, then model.path=DIR; or model.init=random for random weights"
+    )
+
+
+def _cannot_build(config: ModelConfig, error: BaseException) -> str:
+    key = f"model.attention={config.attention}" if "attn" in str(error) or "ttention" in str(error) else "model"
+    return f"{key}: {_one_line(error)}"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _one_line(error: BaseException) -> str:
+    """The first two lines of a message, as the first is often only a heading."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[:2]) if lines else type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "…"

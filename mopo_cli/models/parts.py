@@ -1,0 +1,72 @@
+"""The parts of a wrapped model: what is inside an adapter or a wrapper, its backbone, its attention window."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+def compute_in(causal: nn.Module, dtype: torch.dtype) -> None:
+    """Mixed precision: matrix products of this model, and of copies of its transformer, in `dtype`."""
+    for module in (causal, backbone_of(causal)):
+        if module is not None:
+            module.compute_dtype = dtype  # type: ignore[assignment]
+
+
+def computing(module: nn.Module) -> AbstractContextManager[object]:
+    """Autocast to the module's compute dtype, where it has one of its own."""
+    dtype = getattr(module, "compute_dtype", None)
+    device = next(module.parameters()).device.type
+    return nullcontext() if dtype is None else torch.autocast(device, dtype)
+
+
+def _attention_window(causal: nn.Module) -> int | None:
+    """The shortest window that some layer's attention is limited to, None where all layers see the whole context."""
+    config = causal.config.get_text_config()  # type: ignore[union-attr]
+    layers = getattr(config, "layer_types", None)
+    if layers and all(kind == "full_attention" for kind in layers):
+        return None
+    sizes = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return min((size for size in sizes if size), default=None)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The causal language model below PEFT and the wrappers of data parallelism; adapters stay active in its layers."""
+    while hasattr(model, "module"):
+        model = model.module  # type: ignore[assignment]
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def backbone_of(model: nn.Module) -> nn.Module | None:
+    """The transformer without its output head, or None where the model does not expose one."""
+    if isinstance(model, PreTrainedModel):
+        decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+        if isinstance(decoder, PreTrainedModel) and decoder is not model:
+            return decoder
+        base = model.base_model
+        return base if base is not model else None
+    return None
+
+
+ADAPTER = "default"  # what PEFT calls a model's only adapter
+
+
+def inner(policy: nn.Module) -> Any:
+    """The model below the wrappers of data parallelism, with its adapters."""
+    while hasattr(policy, "module"):
+        policy = policy.module  # type: ignore[assignment]
+    return policy
+
+
+# --------------------------------------------------------------------------------------------- adapters
+def lora_of(policy: nn.Module) -> LoraConfig | None:
+    """The config of a policy's adapter, None where all its weights are trained."""
+    configs = getattr(inner(policy), "peft_config", None)
+    return configs[ADAPTER] if configs else None

@@ -1,0 +1,55 @@
+"""`mopo train`: data, reference, preference model, alignment, evaluation, run directory."""
+
+from __future__ import annotations
+
+import time
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from omegaconf import DictConfig
+
+from mopo_cli.algorithms.contract import build_method
+from mopo_cli.base.processes import part_ways
+from mopo_cli.config import checks
+from mopo_cli.config.schema import TrainConfig
+from mopo_cli.evaluation.records import Models
+from mopo_cli.models.reference import snapshot
+from mopo_cli.pipeline.finish import Outcome, finish
+from mopo_cli.runs.directory import RunDirectory
+from mopo_cli.runs.session import quiet_libraries, recorded
+from mopo_cli.runs.tracking import wandb_mode
+from mopo_cli.training.checkpoints import Setting
+from mopo_cli.training.inputs import prepare_inputs
+from mopo_cli.training.preference import fit_or_load_judge
+from mopo_cli.training.reference import fit_or_load_reference
+
+
+def check(config: TrainConfig) -> None:
+    """Everything that can be told before data and model are loaded: UserError where a setting is wrong."""
+    checks.check_train(config)
+    wandb_mode(config.logger)
+    names = sorted(config.objectives, key=lambda name: config.objectives[name].role != "primary")
+    build_method(config, tuple(names), (None,) * (len(names) - 1))
+
+
+def train(config: TrainConfig, composed: DictConfig, run: RunDirectory, accelerator: Accelerator) -> Outcome:
+    """The whole main path. Bad input raises UserError before the run directory exists."""
+    started = time.perf_counter()
+    quiet_libraries()
+    set_seed(config.seed)
+    inputs = prepare_inputs(config)
+    if check := getattr(inputs.method, "check", None):
+        check(inputs)
+    with recorded(accelerator, config, composed, run, inputs.data) as tracker:
+        fit_or_load_reference(config, accelerator, inputs, run.reference)
+        initial = snapshot(inputs.policy)
+        judge, accuracy = fit_or_load_judge(config, accelerator, inputs, run.preference_model)
+        aligned = inputs.method.align(Setting(config, accelerator, inputs, judge, initial, run, tracker))
+        part_ways()
+        if not accelerator.is_main_process:
+            return Outcome("infeasible" if aligned.infeasible else "done")
+        models = Models(inputs.policy, initial, inputs.encoder, inputs.collate, judge, aligned.condition, config.cache)
+        return finish(config, inputs, models, aligned, accuracy, run, tracker, started)
+
+
+__all__ = ["Outcome", "train"]

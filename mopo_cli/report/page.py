@@ -1,0 +1,415 @@
+"""The page: one HTML file that holds its data, its charts and their library, and asks the network for nothing."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mopo_cli import __version__
+from mopo_cli.report import groups, theme
+from mopo_cli.report.groups import Figure, Group
+from mopo_cli.report.quality import Quality
+from mopo_cli.runs.record import METHOD, ReportedRun, shown, value_of, varying_settings
+
+SAMPLE_BUDGET = 1_000_000  # characters of responses in a page
+LONGEST = 4000  # characters shown of one text
+COLUMNS = 6  # settings that the table shows; the CSV has all
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """The runs of one objective set with their figures and numbers."""
+
+    group: Group
+    figures: Sequence[Figure]
+    data: Mapping[str, list[dict[str, Any]]]  # of the figures
+    quality: Quality | None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a page is made of."""
+
+    title: str
+    kind: str  # run, sweep or comparison
+    place: str
+    runs: Sequence[ReportedRun]
+    sections: Sequence[Section]
+    notices: Sequence[str]
+    prompts: int  # shown side by side
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A cell of a table: what is read, and what it is sorted by."""
+
+    text: str
+    value: float | str = ""
+    mark: str = ""  # "yes" or "no": a verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    title: str
+    numeric: bool = True
+    help: str = ""
+
+
+def render(report: Report) -> str:
+    """The HTML of a report."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
+    columns, rows = table(report)
+    common = common_settings(report.runs)
+    return environment.get_template("page.html").render(
+        report=report,
+        version=__version__,
+        made=datetime.now().strftime("%Y-%m-%d %H:%M"),
+        states=Counter(run.state for run in report.runs).most_common(),
+        columns=columns,
+        rows=rows,
+        objectives=objective_table(report.runs[0]) if len(report.runs) == 1 else None,
+        methods=varying_settings(report.runs).get(METHOD, []) if len(report.runs) > 1 else [],
+        facts=facts(report.runs[0]) if len(report.runs) == 1 else [],
+        planes=[groups.plane(section.group) for section in report.sections],
+        numbers=[numbers(section.quality) if section.quality else [] for section in report.sections],
+        warned=[run for run in report.runs if run.warnings or run.problem],
+        config=config_text(report, common),
+        own={run.id: own_settings(run, common) if len(report.runs) > 1 else [] for run in report.runs},
+        commands={run.id: command_of(run) for run in report.runs},
+        styles=(HERE / "page.css").read_text(encoding="utf-8"),
+        light=_variables(theme.LIGHT),
+        dark=_variables(theme.DARK),
+        script=(HERE / "page.js").read_text(encoding="utf-8"),
+        library=library().replace("</script", "<\\/script"),
+        data=embedded(payload(report, columns, rows)),
+    )
+
+
+def _variables(colours: Mapping[str, str]) -> str:
+    return " ".join(f"--{name}: {value};" for name, value in colours.items())
+
+
+def embedded(value: Any) -> str:
+    """JSON that is safe inside a script element whatever its texts are."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return re.sub("[<>&\u2028\u2029]", lambda found: f"\\u{ord(found.group()):04x}", text)
+
+
+def library() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script; bundling takes seconds, so it is kept in the user's cache."""
+    import vl_convert
+
+    versions = f"{version('vl-convert-python')}-{vl_convert.get_vega_version()}"
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    kept = root / "mopo" / f"vega-{versions}.js"
+    try:
+        return kept.read_text(encoding="utf-8")
+    except OSError:
+        script = vl_convert.javascript_bundle()  # type: ignore[call-arg] (its stub asks for more)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        temporary = kept.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(script, encoding="utf-8")
+        temporary.replace(kept)
+    except OSError:
+        pass  # bundled anew next time
+    return script
+
+
+def payload(report: Report, columns: Sequence[Column], rows: Sequence[tuple[ReportedRun, list[Cell]]]) -> Any:
+    """What the page's script works on."""
+    return {
+        "config": theme.CONFIG,
+        "light": theme.LIGHT,
+        "sections": [
+            {
+                "datasets": _columnar(section.data),
+                "settings": [{"key": k, "values": v} for k, v in section.group.settings.items()],
+                "figures": [asdict(figure) for figure in section.figures],
+            }
+            for section in report.sections
+        ],
+        "columns": [column.title for column in columns],
+        "values": {run.id: [cell.value for cell in cells] for run, cells in rows},
+        "samples": samples(report),
+        "csv": csv_text(report),
+        "method": next((i for i, column in enumerate(columns) if column.help == METHOD), -1),
+        "name": re.sub(r"[^\w.=,-]+", "_", report.title) or "mopo",
+    }
+
+
+def _columnar(data: Mapping[str, list[dict[str, Any]]]) -> dict[str, dict[str, list[Any]]]:
+    """Rows as columns: a third of the size."""
+    keys = {name: dict.fromkeys(key for row in rows for key in row) for name, rows in data.items()}
+    return {name: {key: [row.get(key) for row in rows] for key in keys[name]} for name, rows in data.items()}
+
+
+# --------------------------------------------------------------------------------------------- tables
+def table(report: Report) -> tuple[list[Column], list[tuple[ReportedRun, list[Cell]]]]:
+    """A row a run: state, settings that vary, win rates, thresholds kept, KL, front."""
+    settings = list(varying_settings(report.runs))[:COLUMNS]
+    names = list(dict.fromkeys(name for run in report.runs for name in run.names))
+    exact = any(result.exact is not None for run in report.runs for result in run.objectives.values())
+    front = {k: v for s in report.sections if s.quality for k, v in s.quality.front.items()}
+    columns = [Column("run", False), Column("state", False)]
+    swept = report.kind == "sweep"
+    varied = [Column(groups.short(key), _numeric(report.runs, key), key) for key in settings]
+    columns += varied if swept else []
+    for name in names:
+        columns.append(Column(name, help=f"win rate of {name} on samples, with half its 95 % interval"))
+        columns += [Column(f"{name}, exact", help=f"exact win rate of {name}")] if exact else []
+    columns += [Column("thresholds", False, "whether every threshold is kept"), Column("KL", help="nats")]
+    columns += [Column("front", False, "no other run is at least as good in all objectives and better in one")]
+    columns += [Column("warnings"), *([] if swept else varied)]
+    rows = []
+    for run in report.runs:
+        cells = [Cell(run.id, run.id), Cell(run.state if run.finished else f"unfinished: {run.state}", run.state)]
+        told = [Cell(value_of(run, key), _sortable(value_of(run, key))) for key in settings]
+        cells += told if swept else []
+        for name in names:
+            cells += _rates(run, name, exact)
+        cells.append(_verdict(run.satisfied))
+        cells.append(_number(run.summary.get("kl"), 3))
+        cells.append(Cell("●" if front[run.id] else "", int(front[run.id])) if run.id in front else Cell("", ""))
+        count = sum(not text.startswith("note") for text in run.warnings)
+        cells.append(Cell(str(count), count) if run.finished else Cell("", ""))
+        rows.append((run, cells if swept else cells + told))
+    return columns, rows
+
+
+def _numeric(runs: Sequence[ReportedRun], key: str) -> bool:
+    return all(isinstance(_sortable(value_of(run, key)), float) for run in runs if value_of(run, key))
+
+
+def _sortable(text: str) -> float | str:
+    try:
+        value = float(text)
+    except ValueError:
+        return text
+    return value if abs(value) < 1e308 else text
+
+
+def _number(value: float | None, digits: int) -> Cell:
+    return Cell("", "") if value is None else Cell(f"{value:.{digits}f}", float(f"{value:.6g}"))
+
+
+def _rates(run: ReportedRun, name: str, exact: bool) -> list[Cell]:
+    result = run.objectives.get(name)
+    if result is None or result.win_rate is None or result.ci95 is None:
+        return [Cell("", "")] * (1 + exact)
+    half = (result.ci95[1] - result.ci95[0]) / 2
+    mark = "" if result.satisfied is None else "yes" if result.satisfied else "no"
+    sampled = Cell(f"{result.win_rate:.3f} ± {half:.3f}", float(f"{result.win_rate:.6g}"), "" if exact else mark)
+    known = _number(result.exact, 3)
+    return [sampled, Cell(known.text, known.value, mark)] if exact else [sampled]
+
+
+def _verdict(kept: bool | None, yes: str = "kept", no: str = "broken") -> Cell:
+    return Cell("", "") if kept is None else Cell(yes if kept else no, int(kept), "yes" if kept else "no")
+
+
+def objective_table(run: ReportedRun) -> list[dict[str, Any]]:
+    """The final table of one run, a row an objective."""
+    accuracy = run.summary.get("heldout_accuracy") or {}
+    asked = len(run.objectives) == 1 or any(r.threshold is not None for r in run.objectives.values())
+    return [
+        {
+            "name": name,
+            "role": r.role,
+            "threshold": "" if r.threshold is None else f"{r.threshold:.3f}",
+            "rate": _rates(run, name, False)[0].text,
+            "verdict": _verdict(r.satisfied),
+            "exact": _number(r.exact, 3).text,
+            "optimum": _number(r.optimum if asked else None, 3).text,
+            "estimated": _number(r.estimated, 3).text,
+            "dual": _number(r.dual, 3).text,
+            "accuracy": "" if accuracy.get(name) is None else f"{accuracy[name]:.1%}",
+            "judge": r.judge or "",
+        }
+        for name, r in run.objectives.items()
+    ]
+
+
+def facts(run: ReportedRun) -> list[tuple[str, str]]:
+    """What else is worth knowing of one run, as a heading and a text each."""
+    train, oracle = run.summary.get("train") or {}, run.summary.get("oracle") or {}
+    found: list[tuple[str, str]] = [("state", run.state), *([("method", run.method)] if run.method else [])]
+    if run.summary.get("condition"):
+        found.append(("asked behind", str(run.summary["condition"])))
+    if run.summary.get("kl") is not None:
+        exact = f", exact {oracle['kl']:.3f}" if oracle.get("kl") is not None else ""
+        found.append(("KL to the reference", f"{run.summary['kl']:.3f} nats{exact}"))
+    if oracle.get("gap") is not None and any(result.threshold is not None for result in run.objectives.values()):
+        found.append(("below the optimum", f"{oracle['gap']:.3f} of the primary's win rate"))
+    last = next((line["step"] for line in reversed(run.history)), None)
+    if train.get("steps") or last:
+        found.append(("steps", str(train.get("steps") or last)))
+    if train.get("samples"):
+        found.append(("samples drawn in training", f"{train['samples']:,}"))
+    if train.get("wall_seconds"):
+        found.append(("time", _duration(train["wall_seconds"])))
+    if train.get("pairs_per_second"):
+        found.append(("speed", f"{train['pairs_per_second']:,.0f} pairs/s"))
+    if train.get("peak_memory_mb"):
+        found.append(("peak memory", f"{train['peak_memory_mb']:,.0f} MB"))
+    if run.summary.get("seed") is not None:
+        found.append(("seed", str(run.summary["seed"])))
+    return found
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def numbers(quality: Quality) -> list[tuple[str, str, str]]:
+    """Heading, number and what it means, of the set of runs."""
+    values = set(quality.reference.values())
+    named = ", ".join(f"{name} {value:g}" for name, value in quality.reference.items())
+    origin = f"{values.pop():g} in every objective" if len(values) == 1 else named
+    count = sum(quality.front.values())
+    sampled = "of sampled win rates, 95 % interval by bootstrap over prompts"
+    found = [("non-dominated", f"{count} of {len(quality.front)}", "no other run is as good in all objectives")]
+    exact = "" if quality.exact_hypervolume is None else f"; of exact ones {quality.exact_hypervolume:.4f}"
+    text = f"{sampled}{exact}; reference point {origin}"
+    low, high = quality.hypervolume.ci95 or (-1.0, 2.0)
+    if not low <= quality.hypervolume.value <= high:
+        text += ". The best of so many noisy runs look better than they are: the interval allows for that"
+    found.append(("hypervolume", _measured(quality.hypervolume), text))
+    if quality.igd_plus is not None:
+        exact = "" if quality.exact_igd_plus is None else f"; of exact ones {quality.exact_igd_plus:.4f}"
+        text = f"distance to the exact front, whatever the KL, {sampled}{exact}"
+        found.append(("IGD+", _measured(quality.igd_plus), text))
+    return found
+
+
+def _measured(number: Any) -> str:
+    interval = f" [{number.ci95[0]:.4f}, {number.ci95[1]:.4f}]" if number.ci95 else ""
+    return f"{number.value:.4f}{interval}"
+
+
+def csv_text(report: Report) -> str:
+    """Every number of every run, a row each."""
+    quality = [s.quality for s in report.sections if s.quality]
+    front = {k: v for q in quality for k, v in q.front.items()}
+    distance = {k: v for q in quality for k, v in q.distance.items()}
+    settings = varying_settings(report.runs)
+    rows = []
+    for run in report.runs:
+        row: dict[str, Any] = {"run": run.id, "directory": str(run.path), "state": run.state}
+        row |= {key: value_of(run, key) for key in settings}
+        for name, r in run.objectives.items():
+            low, high = r.ci95 or (None, None)
+            row |= {f"win_rate/{name}": r.win_rate, f"ci95_low/{name}": low, f"ci95_high/{name}": high}
+            row |= {f"exact/{name}": r.exact, f"optimum/{name}": r.optimum, f"estimated/{name}": r.estimated}
+            row |= {f"threshold/{name}": r.threshold, f"satisfied/{name}": r.satisfied, f"dual/{name}": r.dual}
+        row |= {"kl": run.summary.get("kl"), "gap": (run.summary.get("oracle") or {}).get("gap")}
+        row |= {"nondominated": front.get(run.id), "igd_plus": distance.get(run.id)}
+        row |= {"seconds": (run.summary.get("train") or {}).get("wall_seconds"), "warnings": len(run.warnings)}
+        rows.append(row)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+# --------------------------------------------------------------------------------------------- samples, settings
+def samples(report: Report) -> dict[str, Any]:
+    """Responses of every run to the prompts that most runs have in common, within the page's budget.
+
+    A run that was asked none of them shows a few of its own.
+    """
+    with_answers = [run for run in report.runs if run.answers]
+    if not with_answers:
+        return {"prompts": [], "runs": {}}
+    asked = {run.id: dict.fromkeys(answer.prompt for answer in run.answers) for run in with_answers}
+    counts = Counter(prompt for prompts in asked.values() for prompt in prompts)
+    chosen = [prompt for prompt, _ in counts.most_common(report.prompts)]
+    for prompts in asked.values():
+        if not any(prompt in prompts for prompt in chosen):
+            chosen += list(prompts)[: min(3, report.prompts)]
+    each = max(1, min(4, 60 // len(with_answers)))  # responses a prompt
+    budget = SAMPLE_BUDGET // len(with_answers)
+    runs: dict[str, Any] = {}
+    for run in with_answers:
+        left, found = budget, {}
+        for number, prompt in enumerate(chosen):
+            for answer in [a for a in run.answers if a.prompt == prompt][:each]:
+                text = _cut(answer.response)
+                left -= len(text) + 40
+                if left < 0:
+                    break
+                found.setdefault(number, []).append([text, [answer.scores.get(name) for name in run.names]])
+        runs[run.id] = {"names": run.names, "answers": found}
+    return {"prompts": [_cut(prompt) for prompt in chosen], "runs": runs}
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} … ({len(text) - LONGEST} characters more in the file)"
+
+
+def config_text(report: Report, common: Mapping[str, Any]) -> str:
+    """config.yaml of one run as it is; of several, what their configs have in common."""
+    import yaml
+
+    if len(report.runs) == 1:
+        try:
+            return (report.runs[0].path / "config.yaml").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ""
+    nested: dict[str, Any] = {}
+    for key, value in common.items():
+        *parents, last = key.split(".")
+        node = nested
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    return yaml.dump(nested, Dumper=dumper, sort_keys=False, allow_unicode=True) if nested else ""
+
+
+def common_settings(runs: Sequence[ReportedRun]) -> dict[str, Any]:
+    known = [run.settings for run in runs if run.settings]
+    if not known:
+        return {}
+    return {k: v for k, v in known[0].items() if all(k in other and other[k] == v for other in known[1:])}
+
+
+def own_settings(run: ReportedRun, common: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a run's config has besides what all runs have in common."""
+    return [(key, shown(value)) for key, value in run.settings.items() if key not in common]
+
+
+def command_of(run: ReportedRun) -> str:
+    """The command that makes this run again: the one it was made by; of a sweep, for this point alone."""
+    text = str(run.summary.get("command") or "")
+    try:
+        words = shlex.split(text)
+    except ValueError:
+        return text
+    if len(words) < 2 or words[1] != "sweep":
+        return text
+    kept = [w for w in words[2:] if w not in ("-m", "--multirun") and _key(w) not in run.varying
+            and not _key(w).startswith("sweep.")]  # fmt: skip
+    point = [f"{key}={value}" for key, value in run.varying.items() if value]
+    return shlex.join(["mopo", "sweep", *kept, *point])
+
+
+def _key(word: str) -> str:
+    return word.lstrip("+").partition("=")[0]

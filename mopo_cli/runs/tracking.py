@@ -1,0 +1,203 @@
+"""Where numbers go: metrics.jsonl always, Weights & Biases where the config asks for it. No prompt, and no hang."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from mopo_cli.base.console import warn
+from mopo_cli.base.errors import UserError
+from mopo_cli.base.files import read_lines, write_atomic
+from mopo_cli.config.schema import LoggerConfig
+from mopo_cli.runs.directory import RunDirectory
+
+MODES = ("auto", "online", "offline", "disabled")
+OTHER_NAMES = {"run": "online", "dryrun": "offline"}  # of W&B's modes
+TITLE = 64  # characters that W&B shows of an alert's title
+DEFAULTS = {"WANDB_SILENT": "true", "WANDB_INIT_TIMEOUT": "30", "WANDB_FINISH_TIMEOUT": "300"}  # seconds
+
+
+def wandb_mode(config: LoggerConfig) -> str:
+    """online where a key is there, else offline; `logger.mode` or WANDB_MODE decide otherwise.
+
+    Raises UserError for a mode that does not exist, and for online without a key: W&B would ask for one and wait.
+    """
+    if config.mode not in MODES:
+        raise UserError(f"logger.mode={config.mode}: must be {', '.join(MODES)}")
+    key, found = "logger.mode", config.mode
+    if config.mode == "auto":
+        key, found = "WANDB_MODE", os.environ.get("WANDB_MODE", "")
+    if not found:
+        return "online" if _has_key() else "offline"
+    mode = OTHER_NAMES.get(found, found)
+    if mode not in MODES[1:]:
+        raise UserError(f"{key}={found}: must be {', '.join(MODES[1:])}")
+    if mode == "online" and not _has_key():
+        raise UserError(f"{key}={found}: there is no W&B key; set WANDB_API_KEY, run `wandb login`, or log offline")
+    return mode
+
+
+def _has_key() -> bool:
+    return any(os.environ.get(f"WANDB_{name}") for name in ("API_KEY", "IDENTITY_TOKEN_FILE")) or _key_in_netrc()
+
+
+def _key_in_netrc() -> bool:
+    import netrc
+
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
+    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        return netrc.netrc(path).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+class Tracker:
+    """Writes each logged step to metrics.jsonl and mirrors it to W&B; where not `active`, keeps it in memory only."""
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        logger: LoggerConfig,
+        config: dict[str, Any],
+        name: str,
+        resumed: bool = False,
+        active: bool = True,
+        kind: str = "train",  # or "sweep": the summary of one, which has no steps
+    ):
+        self.history: list[dict[str, Any]] = []
+        self.path = run.metrics
+        self.file = open(self.path, "a", encoding="utf-8") if active and kind == "train" else None  # noqa: SIM115 (closed in `finish`)
+        wanted = active and logger.name == "wandb"
+        self.wandb = _start_wandb(run, logger, config, name, resumed, kind) if wanted else None
+
+    def rewind(self, step: int) -> None:
+        """Forget lines after `step`, which a run that goes on from there writes again, and a line that was cut off.
+
+        W&B's run is new after an interruption, so it gets the lines that stay: its curves are whole.
+        """
+        if self.file is None:
+            return
+        self.history = [record for record in read_lines(self.path) if record["step"] <= step]
+        self.file.close()
+        write_atomic(self.path, "".join(json.dumps(record) + "\n" for record in self.history))
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        for record in self.history:
+            self._mirror(record)
+
+    def log(self, step: int, **numbers: Any) -> None:
+        """One line of metrics; nested names use a slash (`dual/harmless`)."""
+        record = {"step": step, **{key: finite(value) for key, value in numbers.items()}}
+        self.history.append(record)
+        if self.file is not None:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        self._mirror(record)
+
+    def _mirror(self, record: dict[str, Any]) -> None:
+        if self.wandb is not None:
+            self.wandb.log({k: v for k, v in record.items() if v is not None}, step=record["step"])
+
+    def table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        if self.wandb is not None:
+            import wandb
+
+            self.wandb.log({key: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
+
+    def figures(self, paths: Sequence[Path]) -> None:
+        if self.wandb is not None:
+            import wandb
+
+            self.wandb.log({f"figures/{path.stem}": wandb.Image(str(path)) for path in paths})
+
+    def alert(self, text: str) -> None:
+        """A warning to whoever follows the run. W&B holds back a second one of the same title, so each has its own."""
+        if self.wandb is not None:
+            title = text if len(text) <= TITLE else text[: TITLE - 1] + "…"
+            self.wandb.alert(title=title, text=text, level="WARN")
+
+    def summarise(self, summary: dict[str, Any]) -> None:
+        if self.wandb is not None:
+            self.wandb.summary.update(flatten(summary))
+
+    def finish(self, failed: bool = False) -> str | None:
+        """Close everything, once; returns the line that uploads what did not get through, if there is such."""
+        if self.file is not None:
+            self.file.close()
+        if self.wandb is None:
+            return None
+        run, self.wandb = self.wandb, None
+        directory, upload = Path(run.dir).parent, run.settings._offline
+        try:
+            run.finish(exit_code=int(failed))
+        except Exception as error:
+            warn(f"W&B: {_first_line(error)}")
+            upload = True
+        return f"wandb sync {directory}" if upload else None
+
+
+def _start_wandb(
+    run: RunDirectory, logger: LoggerConfig, config: dict[str, Any], name: str, resumed: bool, kind: str
+) -> Any:
+    mode = wandb_mode(logger)
+    if mode == "disabled":
+        return None
+    for key, value in DEFAULTS.items():
+        os.environ.setdefault(key, value)
+    import wandb
+
+    settings = wandb.Settings(
+        finish_timeout_raises=True, silent=True, console="off", disable_git=True, x_disable_stats=True
+    )
+    arguments: dict[str, Any] = {
+        "project": logger.project,
+        "entity": logger.entity,
+        "group": logger.group,
+        "tags": [*logger.tags, *(["resumed"] if resumed else [])],
+        "name": name,
+        "job_type": kind,
+        "dir": str(run.path),
+        "config": printable(config),
+        "settings": settings,
+        "reinit": "create_new",
+    }
+    try:
+        return wandb.init(mode=mode, **arguments)  # type: ignore[arg-type]
+    except Exception as error:
+        if mode != "online":
+            raise
+        warn(f"W&B: {_first_line(error)}; logging offline")
+        return wandb.init(mode="offline", **arguments)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def printable(values: dict[str, Any]) -> dict[str, Any]:
+    """A config for W&B, which has no infinity: t0=inf is written as text."""
+    return {
+        key: printable(value) if isinstance(value, dict) else str(value) if finite(value) is not value else value
+        for key, value in values.items()
+    }
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} to {"a/b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}/")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,151 @@
+"""`mopo sweep sweeper=optuna`: points found by Optuna's multi-objective TPE instead of a grid.
+
+What has been learnt is in the run directories and sweep.json, so a search that was killed goes on as if it had not
+been: each proposal is a function of the seed, its number and the results before it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
+
+from mopo_cli.base.errors import UserError, needed
+from mopo_cli.sweeps.points import Point, Points, first_choice, parse, point_of
+from mopo_cli.sweeps.record import Record
+from mopo_cli.sweeps.worker import ENDED
+
+
+@dataclass
+class Optuna:
+    """The settings of sweeper=optuna."""
+
+    name: str = "optuna"
+    trials: int = 20
+    startup: int = 8
+    seed: int = 0
+
+    def check(self) -> None:
+        for key in ("trials", "startup"):
+            if getattr(self, key) < 1:
+                raise UserError(f"sweeper.{key}={getattr(self, key)}: must be 1 or more")
+        needed("optuna", "optuna")
+
+    def open(self, grids: Sequence[Sequence[str]], zipped: Sequence[str], earlier: Sequence[dict[str, str]]) -> Points:
+        if zipped:
+            raise UserError(f"sweep.zip=[{','.join(zipped)}]: sweeper=optuna chooses each key by itself")
+        if len(grids) > 1:
+            raise UserError(
+                f"sweep.grid: sweeper=optuna searches one space, and this preset has {len(grids)} grids; give it the "
+                "keys of one (algorithm=mopo, say), or use sweeper=grid"
+            )
+        return Search(self, grids[0], earlier)
+
+
+class Search:
+    """Points as Optuna proposes them; those of an earlier sweep process come first, in their order."""
+
+    fixed = False
+
+    def __init__(self, settings: Optuna, overrides: Sequence[str], earlier: Sequence[dict[str, str]]):
+        self.settings, self.total = settings, settings.trials
+        self.parsed = parse(overrides)
+        swept = [override for override in self.parsed if override.is_sweep_override()]
+        self.space = {override.get_key_element().lstrip("+"): _distribution(override) for override in swept}
+        if not self.space:
+            raise UserError("sweeper=optuna: nothing to search over; give a key a range: tau=interval(0.05,1)")
+        if "objectives" in self.space:
+            raise UserError("objectives: sweeper=optuna needs the same objectives in every trial")
+        self.earlier = [given for given in earlier if given.keys() == self.space.keys()]
+        self.asked: list[tuple[dict[str, Any], Point]] = []
+        self.records: dict[str, Record] = {}
+
+    def known(self) -> list[Point]:
+        """The first of every choice, and the last."""
+        first = {key: first_choice(o).split("=", 1)[1] for key, o in self._swept()}
+        last = {key: _text(d.choices[-1] if hasattr(d, "choices") else d.high) for key, d in self.space.items()}
+        return [self._point(first)] + ([self._point(last)] if last != first else [])
+
+    def next(self) -> Point | None:
+        if len(self.asked) >= self.total:
+            return None
+        number = len(self.asked)
+        texts = self.earlier[number] if number < len(self.earlier) else self._propose(number)
+        values = {key: _value(self.space[key], texts[key]) for key in self.space}
+        self.asked.append((values, self._point(texts)))
+        return self.asked[-1][1]
+
+    def tell(self, point: Point, record: Record) -> None:
+        self.records[point.id] = record
+
+    def _swept(self) -> list[tuple[str, Override]]:
+        return [(o.get_key_element().lstrip("+"), o) for o in self.parsed if o.is_sweep_override()]
+
+    def _point(self, texts: dict[str, str]) -> Point:
+        read = []
+        for override in self.parsed:
+            element = override.get_key_element()
+            swept = override.is_sweep_override()
+            read.append(f"{element}={texts[element.lstrip('+')]}" if swept else first_choice(override))
+        return point_of(self.parsed, read)
+
+    def _propose(self, number: int) -> dict[str, str]:
+        """Optuna's next point, given every point so far and its result."""
+        optuna = needed("optuna", "optuna")
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        names = next((list(r.roles) for r in self.records.values() if r.roles), ["objective"])
+        study = optuna.create_study(directions=["maximize"] * len(names), sampler=optuna.samplers.RandomSampler(seed=0))
+        for values, point in self.asked:
+            study.enqueue_trial(values)
+            trial = study.ask(self.space)
+            record = self.records.get(point.id)
+            if record is not None and record.state in ENDED:
+                for name in names:
+                    asked = record.numbers.get(f"threshold/{name}")
+                    if asked is not None:
+                        trial.set_constraint(name, asked - (record.reached(name) or 0.0))
+                study.tell(trial, [record.reached(name) or 0.0 for name in names])
+            elif record is not None and record.state == "failed":
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that parts of Optuna may change
+            study.sampler = optuna.samplers.TPESampler(
+                n_startup_trials=self.settings.startup, seed=self.settings.seed * 100_003 + number, constant_liar=True
+            )
+            trial = study.ask(self.space)
+        return {key: _text(_bounded(self.space[key], value)) for key, value in trial.params.items()}
+
+
+def _distribution(override: Override) -> Any:
+    """What Optuna draws from, for one swept override."""
+    known, value = needed("optuna", "optuna").distributions, override.value()
+    try:
+        if isinstance(value, IntervalSweep):
+            kind = known.IntDistribution if isinstance(value.start, int) else known.FloatDistribution
+            return kind(value.start, value.end, log="log" in value.tags)
+        if isinstance(value, RangeSweep) and all(isinstance(v, int) for v in (value.start, value.stop, value.step)):
+            steps = range(int(value.start), int(value.stop), int(value.step))  # type: ignore[arg-type]
+            return known.IntDistribution(steps[0], steps[-1], step=steps.step)
+        assert isinstance(value, ChoiceSweep | RangeSweep)
+        return known.CategoricalDistribution(list(override.sweep_string_iterator()))
+    except (ValueError, IndexError, AssertionError, TypeError) as error:
+        raise UserError(f"cannot search over {override.input_line!r}: {' '.join(str(error).split())}") from None
+
+
+def _text(value: Any) -> str:
+    """A value as an override has it; six digits of a float, so that ids stay readable."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _bounded(distribution: Any, value: Any) -> Any:
+    return min(max(float(f"{value:.6g}"), distribution.low), distribution.high) if isinstance(value, float) else value
+
+
+def _value(distribution: Any, text: str) -> Any:
+    """The value of an override as Optuna has it."""
+    if hasattr(distribution, "choices"):
+        return text
+    return type(distribution.low)(float(text))

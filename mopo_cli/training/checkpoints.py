@@ -1,0 +1,152 @@
+"""A stage's state: what it is given, what it costs, and its checkpoints."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from accelerate import Accelerator
+
+from mopo_cli.base.files import read_json, write_json
+from mopo_cli.config.schema import TrainConfig
+from mopo_cli.models.preference import PreferenceModel
+from mopo_cli.models.reference import Snapshot
+from mopo_cli.runs.directory import RunDirectory
+from mopo_cli.runs.tracking import Tracker
+from mopo_cli.training.loop import Progressed, Task, Trainer
+
+if TYPE_CHECKING:
+    from mopo_cli.training.inputs import Inputs
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a method works on: inputs.policy is the reference when it begins, and the aligned policy when it ends."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    inputs: Inputs
+    judge: PreferenceModel
+    initial: Snapshot
+    run: RunDirectory
+    tracker: Tracker
+
+
+@dataclass
+class Timing:
+    """Seconds of a method's training, and those of them spent on estimates of R_j and on responses of the policy."""
+
+    started: float = field(default_factory=time.perf_counter)
+    estimate: float = 0.0
+    fresh: float = 0.0
+    seconds: float | None = None  # of all of it, once it has ended
+
+
+@dataclass
+class Work:
+    """What training cost: updates, pairs and tokens that went through the model, responses drawn, and time.
+
+    Steps and samples are all that the policy has cost; those of them that another run has paid for are `reused_...`.
+    """
+
+    steps: int = 0
+    pairs: int = 0
+    tokens: int = 0
+    samples: int = 0
+    reused_steps: int = 0
+    reused_samples: int = 0
+    timing: Timing = field(default_factory=Timing)
+
+
+COUNTED = ("steps", "samples", "reused_steps", "reused_samples")  # in all; the rest, since the run was last resumed
+
+
+class Stage(Protocol):
+    """One trainer's run through its steps."""
+
+    @property
+    def trainer(self) -> Trainer: ...
+
+    @property
+    def work(self) -> Work: ...
+
+    @property
+    def ended(self) -> bool:
+        """Whether to stop before the last step."""
+        ...
+
+    def prepare(self, start: int) -> None:
+        """Called once, before the first step that is run."""
+        ...
+
+    def task(self) -> Task: ...
+
+    def before_step(self, step: int) -> None: ...
+
+    def after_step(self, progressed: Progressed) -> None: ...
+
+    def metrics(self, progressed: Progressed) -> dict[str, Any]:
+        """One line of metrics.jsonl."""
+        ...
+
+    def shown(self) -> dict[str, float]:
+        """What the console shows beside the loss."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """What the stage needs to go on besides model and optimiser."""
+        ...
+
+    def restore(self, directory: Path) -> None: ...
+
+
+# --------------------------------------------------------------------------------------------- checkpoints
+def latest_checkpoint(directory: Path) -> Path | None:
+    found = sorted(directory.glob("step-*"), key=_number)
+    return found[-1] if found else None
+
+
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+def reached(setting: Setting) -> int:
+    """The step of the checkpoint that the run goes on from; 0 where there is none."""
+    found = latest_checkpoint(setting.run.checkpoints) if setting.config.run.resume else None
+    return _number(found) if found else 0
+
+
+def _restored(setting: Setting, stage: Stage, first: int) -> int:
+    """The steps that this stage has done, going by the run's checkpoint; 0 where that is of another stage."""
+    found = latest_checkpoint(setting.run.checkpoints) if setting.config.run.resume else None
+    if found is None or not first < _number(found) <= first + stage.trainer.steps:
+        return 0
+    setting.accelerator.load_state(str(found))
+    stage.restore(found)
+    for name, count in read_json(found / "work.json").items():
+        setattr(stage.work, name, count)
+    return _number(found) - first
+
+
+def _save(setting: Setting, stage: Stage, first: int, step: int) -> None:
+    """Everything needed to go on exactly, written beside and renamed, so a checkpoint is whole or absent."""
+    accelerator, directory = setting.accelerator, setting.run.checkpoints
+    temporary = directory / f".step-{first + step}.tmp"
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(temporary), safe_serialization=False)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        stage.save(temporary)
+        write_json(temporary / "work.json", {name: getattr(stage.work, name) for name in COUNTED})
+        final = directory / f"step-{first + step}"
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        for old in directory.glob("step-*"):
+            if old != final:
+                shutil.rmtree(old)
+        setting.run.set_state("running", step=first + step)

@@ -1,0 +1,90 @@
+"""The reference model: SFT on the data's responses, or what an earlier run has left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from mopo_cli.base.console import Stage, say, stage
+from mopo_cli.config.schema import PreferenceModelConfig, SftConfig, TrainConfig
+from mopo_cli.data.batches import Collator, batch_rows
+from mopo_cli.data.table import TokenRow, row_length
+from mopo_cli.models.logprobs import sequence_logps
+from mopo_cli.models.save import load_weights, save_model
+from mopo_cli.training import cache, keys
+from mopo_cli.training.inputs import Inputs
+from mopo_cli.training.loop import Progressed, Task, Trainer
+
+
+# --------------------------------------------------------------------------------------------- stages
+def fit_or_load_reference(
+    config: TrainConfig, accelerator: Accelerator, inputs: Inputs, own: Path | None = None
+) -> None:
+    """SFT of inputs.policy on the data's responses, or what an earlier attempt or another run has left (cache.py)."""
+    if not config.sft.steps:
+        return
+    rows = inputs.tokens["train"]
+    settings = replace(config.sft, steps=limited_steps(config.sft, len(rows)))
+
+    def fit() -> None:
+        with stage("reference (SFT)", settings.steps) as progress:
+            fit_reference(accelerator, inputs.policy, rows, inputs.collate, settings, config.seed, progress)
+
+    def save(path: Path) -> None:
+        save_model(inputs.policy, inputs.tokenizer, path)
+
+    def load(path: Path) -> None:
+        load_weights(inputs.policy, path)
+        say(f"reference (SFT): from {path}")
+
+    cache.fitted(accelerator, config.cache, partial(keys.reference_key, config, inputs), own, fit, save, load)
+
+
+def limited_steps(settings: SftConfig | PreferenceModelConfig, rows: int) -> int:
+    """The stage's steps, but no more than its epochs over this many rows."""
+    return max(1, min(settings.steps, math.ceil(settings.max_epochs * rows / settings.batch_size)))
+
+
+def fit_reference(
+    accelerator: Accelerator,
+    policy: nn.Module,
+    rows: Sequence[TokenRow],
+    collate: Collator,
+    config: SftConfig,
+    seed: int,
+    stage: Stage,
+) -> float:
+    """SFT on every response of the data, so that the policy imitates mu. Returns the last loss, nats a token.
+
+    The loss is a mean over tokens of the batch, so each response weighs as in log mu(y|x), not by its length.
+    """
+    trainer = Trainer(accelerator, policy, config.optimiser, config.steps, budget=collate.budget)
+    size = config.batch_size * accelerator.num_processes
+    last = math.nan
+
+    def loss_of(numbers: list[int]) -> Tensor:
+        batch = collate([rows[i] for i in numbers]).to(accelerator.device)
+        return -sequence_logps(trainer.model, batch).sum()
+
+    task = Task(
+        rows_of=lambda step: batch_rows(len(rows), size, seed, step),
+        loss_of=loss_of,
+        weight_of=lambda numbers: sum(len(response) for i in numbers for response in rows[i].responses),
+        length_of=lambda i: row_length(rows[i]),
+    )
+
+    def after_step(progressed: Progressed) -> None:
+        nonlocal last
+        if progressed.step % 10 == 0 or progressed.step == config.steps:
+            last = float(progressed.loss)
+            stage.advance(progressed.step, loss=last)
+
+    trainer.fit(task, after_step=after_step)
+    accelerator.free_memory()
+    return last

@@ -1,0 +1,198 @@
+"""What every method's training shares: what it is given, what it leaves, the loop with its log and its checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from mopo_cli.base.console import say
+from mopo_cli.base.console import stage as shown_stage
+from mopo_cli.base.files import read_json, whole, write_json
+from mopo_cli.config.schema import OptimiserConfig
+from mopo_cli.data.batches import batch_rows
+from mopo_cli.models.save import load_weights, save_model
+from mopo_cli.training import cache, keys
+from mopo_cli.training.checkpoints import Setting, Stage, Work, _restored, _save
+from mopo_cli.training.loop import Progressed, Task, Trainer
+
+
+def run_stage(setting: Setting, stage: Stage, title: str, first: int = 0) -> None:
+    """All steps of a stage, from its last checkpoint where the run goes on; its first step is the run's step `first`.
+
+    Each checkpoint is written whole and takes the place of the one before.
+    """
+    config, tracker = setting.config, setting.tracker
+    steps = stage.trainer.steps
+    start = _restored(setting, stage, first)
+    tracker.rewind(first + start)
+    stage.prepare(start)
+    with shown_stage(title, steps, start) as progress:
+
+        def after_step(progressed: Progressed) -> bool:
+            stage.after_step(progressed)
+            step, last = progressed.step, progressed.step == steps or stage.ended
+            if step % config.log_every == 0 or last:
+                tracker.log(first + step, **stage.metrics(progressed))
+                progress.advance(step, loss=float(progressed.loss), **stage.shown())
+            if step % config.checkpoint_every == 0 and not last:
+                _save(setting, stage, first, step)
+            if first + step == config.debug.fail_at_step:
+                raise RuntimeError(f"debug.fail_at_step={first + step}: this run was asked to fail here")
+            return last
+
+        stage.trainer.fit(stage.task(), stage.before_step, after_step, start)
+
+
+# --------------------------------------------------------------------------------------------- a stage without state
+class Descent:
+    """Steps whose rows and losses depend on (seed, step) alone, so that model and optimiser are all there is to keep.
+
+    `pairs_of` counts the comparisons of a step's rows, for the record. `notes` gives what the loss has noted of the
+    last batch: tensors, which are read at logging steps only.
+    """
+
+    ended = False
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        task: Task,
+        work: Work,
+        pairs_of: Callable[[list[int]], int],
+        notes: Callable[[], dict[str, Tensor]],
+    ):
+        self.trainer, self.work, self.pairs_of, self.notes = trainer, work, pairs_of, notes
+        self._task = task
+        self._started, self._pairs, self._tokens = time.perf_counter(), work.pairs, work.tokens
+
+    def prepare(self, start: int) -> None:
+        pass
+
+    def task(self) -> Task:
+        return self._task
+
+    def before_step(self, step: int) -> None:
+        pass
+
+    def after_step(self, progressed: Progressed) -> None:
+        rows = self._task.rows_of(progressed.step - 1)
+        self.work.steps += 1
+        self.work.pairs += self.pairs_of(rows)
+        self.work.tokens += sum(map(self._task.length_of, rows)) if self._task.length_of else 0
+
+    def metrics(self, progressed: Progressed) -> dict[str, Any]:
+        seconds = time.perf_counter() - self._started
+        return {
+            "loss": float(progressed.loss),
+            "learning_rate": progressed.learning_rate,
+            "pairs_per_second": (self.work.pairs - self._pairs) / seconds,
+            "tokens_per_second": (self.work.tokens - self._tokens) / seconds,
+            **{name: float(value) for name, value in self.notes().items()},
+        }
+
+    def shown(self) -> dict[str, float]:
+        return {}
+
+    def save(self, directory: Path) -> None:
+        pass
+
+    def restore(self, directory: Path) -> None:
+        pass
+
+
+def descend(
+    setting: Setting,
+    task: Task,
+    work: Work,
+    *,
+    title: str,
+    steps: int,
+    optimiser: OptimiserConfig | None = None,
+    pairs_of: Callable[[list[int]], int] = len,
+    notes: Callable[[], dict[str, Tensor]] = dict,
+    first: int = 0,
+) -> nn.Module:
+    """`steps` updates of setting.inputs.policy on a task; what they cost is added to `work`. Returns the policy.
+
+    The run's count of steps goes on from `first`. See `Descent` for pairs_of and notes.
+    """
+    config = setting.config
+    trainer = Trainer(
+        setting.accelerator,
+        setting.inputs.policy,
+        optimiser or config.optimiser,
+        steps,
+        config.gradient_accumulation,
+        config.token_budget,
+    )
+    run_stage(setting, Descent(trainer, task, work, pairs_of, notes), title, first)
+    setting.accelerator.free_memory()
+    return trainer.model
+
+
+def kept_policy(
+    setting: Setting, name: str, about: Sequence[object], work: Work, fit: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """Leaves in setting.inputs.policy what `fit` makes of the policy as it is; returns what `fit` found on the way.
+
+    The result is kept in the run's stages/NAME, and in the cache for every run with the same policy, preference model,
+    data and settings: `about` names all settings that `fit` depends on besides. `fit` adds what it costs to `work`.
+    Its findings must be JSON.
+    """
+    config, inputs, accelerator = setting.config, setting.inputs, setting.accelerator
+    own = setting.run.path / "stages" / name
+    before = Work(work.steps, samples=work.samples)
+    found: dict[str, Any] = {}
+
+    def key() -> str:
+        return keys.policy_key(config, inputs, setting.judge, name, about)
+
+    def do() -> None:
+        found.update(fit())
+
+    def save(path: Path) -> None:
+        with whole(path) as place:
+            save_model(inputs.policy, inputs.tokenizer, place / "model")
+            cost = {"steps": work.steps - before.steps, "samples": work.samples - before.samples}
+            write_json(place / "stage.json", {**cost, "found": found})
+
+    def load(path: Path) -> None:
+        nonlocal reused
+        load_weights(inputs.policy, path / "model")
+        record = read_json(path / "stage.json")
+        found.update(record["found"])
+        work.steps, work.samples = work.steps + record["steps"], work.samples + record["samples"]
+        reused = path != own or (own / "reused").exists()
+        if reused:
+            work.reused_steps += record["steps"]
+            work.reused_samples += record["samples"]
+            say(f"{name}: from {path}")
+
+    reused = False
+    own.parent.mkdir(parents=True, exist_ok=True)
+    cache.fitted(accelerator, config.cache, key, own, do, save, load)
+    if reused and accelerator.is_main_process:
+        (own / "reused").touch()  # a run that goes on from here has not paid for it either
+    return found
+
+
+def rows_a_step(setting: Setting) -> int:
+    """config.batch_size rows a process and accumulation."""
+    config = setting.config
+    return config.batch_size * config.gradient_accumulation * setting.accelerator.num_processes
+
+
+def step_rows(setting: Setting, size: int, batch: int | None = None) -> Callable[[int], list[int]]:
+    """Which of `size` rows each step trains on, by the seed: `batch` of them, or as many as a step has."""
+    batch = rows_a_step(setting) if batch is None else batch
+    return lambda step: batch_rows(size, batch, setting.config.seed, step)
+
+
+def mix(*numbers: int) -> int:
+    """One seed from several numbers, the same everywhere."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])

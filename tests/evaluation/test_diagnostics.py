@@ -1,0 +1,188 @@
+"""Each sign that a run is not what its user thinks, on made-up facts and on one real run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running import TINY, Finished, read_json, read_metrics
+
+from mopo_cli.base.types import Objective
+from mopo_cli.evaluation.diagnostics import RunFacts, unattainable, warnings
+
+OBJECTIVES = (
+    Objective("helpful", "primary", "helpful"),
+    Objective("harmless", "secondary", "harmless", threshold=0.55),
+    Objective("concise", "secondary", "concise"),
+)
+HEALTHY = RunFacts(
+    objectives=OBJECTIVES,
+    tau=0.08,
+    beta=0.9995,
+    t0=100,
+    steps=400,
+    batch_size=32,
+    prompts=128,
+    duals=[[0.5, 0.1], [0.6, 0.2]],
+    thresholds=[0.55, 0.51],
+    n_eff=[128.0, 256.0],
+    estimator="onpolicy",
+    kl=0.4,
+    entropy=[8.0, 7.0],
+    off_support=0.02,
+    attainable=[0.8, 0.7],
+    infeasible=(),
+    estimated={"helpful": 0.7, "harmless": 0.56, "concise": 0.52},
+    evaluated={"helpful": 0.71, "harmless": 0.55, "concise": 0.53},
+    noise={"helpful": 0.01, "harmless": 0.01, "concise": 0.01},
+    heldout_accuracy={"helpful": 0.7, "harmless": 0.65, "concise": math.nan},
+)
+
+
+def told(**changes: Any) -> list[str]:
+    return warnings(replace(HEALTHY, **changes))
+
+
+def only(**changes: Any) -> str:
+    """The one warning that these facts give."""
+    messages = told(**changes)
+    assert len(messages) == 1, messages
+    return messages[0]
+
+
+class TestSigns:
+    def test_a_policy_further_away_than_any_optimum(self):
+        # s_lambda ranges over 1 + 0.6 + 0.2: at most 1.8 / (2 tau) nats
+        assert "(at most 11.2)" in told(kl=11.3, t0=math.inf)[0]
+        assert not [text for text in told(kl=11.2, t0=math.inf) if "KL" in text]
+        assert not [text for text in told(kl=40.0, t0=100) if "KL" in text], "a lagged reference adds up"
+
+    def test_a_healthy_run_shows_none(self):
+        assert told() == []
+
+    def test_a_policy_that_leaves_the_data_s_support(self):
+        message = only(off_support=0.25)
+        assert message.startswith("25% of the policy's samples")
+        assert "sft.steps" in message
+        assert "tau=0.08" in message
+
+    def test_a_multiplier_at_its_bound_is_infeasible_and_tells_what_is_attainable(self):
+        text = only(infeasible=("harmless",), thresholds=[0.95, 0.51])
+        assert text.startswith("infeasible: the multiplier of harmless grew to its bound while its win rate stayed")
+        assert text.endswith("below 0.950; about 0.80 is attainable: lower this threshold")
+
+    def test_a_threshold_that_is_attainable_alone_blames_the_others_or_the_training(self):
+        assert "about 0.80 is attainable for it alone: lower another threshold" in only(infeasible=("harmless",))
+        assert only(infeasible=("harmless",), attainable=()).endswith("lower this threshold or another one")
+
+    def test_a_missed_threshold_beyond_the_noise(self):
+        evaluated = {**HEALTHY.evaluated, "harmless": 0.535}
+        assert only(evaluated=evaluated) == "harmless: the win rate 0.535 ± 0.010 is below the threshold 0.550"
+        assert told(evaluated=evaluated, noise={**HEALTHY.noise, "harmless": 0.02}) == []
+
+    @pytest.mark.parametrize("kl", [0.0, 5e-4, -5e-4])
+    def test_a_policy_that_did_not_move_blames_tau_or_the_steps(self, kl: float):
+        text = only(kl=kl, tau=50.0)
+        assert text.startswith("the policy did not move (KL to the reference")
+        assert "tau=50 is too large, or steps=400 too few" in text
+
+    def test_a_collapse_names_the_threshold_that_pressed(self):
+        text = only(entropy=[8.0, 5.0, 0.5], duals=[[1.0, 0.1], [9.0, 0.1]])
+        assert text == "entropy collapse: 8.00 to 0.50 nats a response; the threshold of harmless is too aggressive"
+
+    def test_a_collapse_without_pressure_blames_tau(self):
+        assert only(entropy=[8.0, 0.5]).endswith("tau=0.08 is too small")
+
+    @pytest.mark.parametrize(
+        ("estimator", "advice"),
+        [
+            ("offline", "batch_size=128 or more would do"),
+            ("heldout", "hold out 4 times the pairs, or use algorithm.estimator=onpolicy"),
+            ("onpolicy", "onpolicy.prompts=512 or more would do"),
+        ],
+    )
+    def test_few_effective_samples_name_the_size_that_would_do(self, estimator: str, advice: str):
+        text = only(n_eff=[12.5, 12.5, 400.0], estimator=estimator)
+        assert text.startswith(f"the {estimator} estimate of R_j rests on 12 effective samples")
+        assert text.endswith(advice)
+
+    @pytest.mark.parametrize("unknown", [math.nan, None])
+    def test_an_unknown_sample_size_says_nothing(self, unknown: float | None):
+        assert told(n_eff=[unknown]) == []
+
+    def test_a_reference_that_is_never_refreshed(self):
+        first, second = told(t0=400)
+        assert first == "t0=400 is not below steps=400: the reference is never refreshed"
+        assert second.startswith("note: concise: no threshold and no refresh, so b stays at beta / 2 = 0.500")
+
+    def test_never_on_purpose_is_a_note_for_objectives_on_the_schedule_only(self):
+        assert only(t0=math.inf).startswith("note: concise: no threshold")
+        assert told(t0=math.inf, objectives=(*OBJECTIVES[:2], replace(OBJECTIVES[2], threshold=0.5))) == []
+
+    def test_a_bound_that_lags_its_win_rate(self):
+        changes = {name: {**getattr(HEALTHY, name), "concise": 0.64} for name in ("estimated", "evaluated")}
+        text = only(**changes, beta=0.8, thresholds=[0.55, 0.51])
+        assert text.startswith("concise: b=0.510 does not follow the win rate 0.640: beta=0.8 is too small, or t0=100")
+
+    def test_a_bound_that_the_schedule_lowered(self):
+        changes = {name: {**getattr(HEALTHY, name), "concise": 0.4} for name in ("estimated", "evaluated")}
+        text = only(**changes, thresholds=[0.55, 0.4])
+        assert text.startswith("concise: the schedule lowered b from 0.500 to 0.400, as the win rate fell")
+        assert "objectives.concise.threshold" in text
+
+    def test_an_idle_multiplier_is_a_note(self):
+        text = only(duals=[[0.5, 0.0], [0.6, 0.0005]])
+        assert text == "note: lambda of concise was 0 throughout: this constraint does not bind here"
+
+    def test_an_optimistic_estimate_gives_both_numbers(self):
+        text = only(estimated={**HEALTHY.estimated, "harmless": 0.61})
+        assert text == "harmless: the run's own estimate 0.610 and the evaluation 0.550 disagree; trust the evaluation"
+        assert told(estimated={**HEALTHY.estimated, "harmless": 0.61}, noise=dict.fromkeys(HEALTHY.noise, 0.07)) == []
+
+    def test_a_preference_model_that_cannot_tell(self):
+        text = only(heldout_accuracy={**HEALTHY.heldout_accuracy, "harmless": 0.51})
+        assert text.startswith("harmless: the preference model orders held-out pairs right in 51% of cases")
+
+    def test_a_run_that_ended_before_its_first_line(self):
+        assert told(duals=[], n_eff=[], entropy=[]) == []
+        assert only(duals=[], entropy=[8.0, 0.1]).endswith("tau=0.08 is too small")
+
+    def test_one_objective_alone(self):
+        alone = {"objectives": OBJECTIVES[:1], "duals": [[], []], "thresholds": [], "attainable": []}
+        rates = {name: {"helpful": 0.7} for name in ("estimated", "evaluated", "noise", "heldout_accuracy")}
+        assert told(**alone, **rates) == []
+
+    def test_what_harms_comes_first(self):
+        messages = told(duals=[[0.5, 0.0]], evaluated={**HEALTHY.evaluated, "harmless": 0.3}, kl=0.0)
+        assert [text.startswith("note") for text in messages] == [False, False, False, True]
+        assert messages[0].startswith("harmless: the win rate 0.300")
+
+
+def test_thresholds_out_of_reach_are_told_before_training():
+    (text,) = unattainable(OBJECTIVES, [0.95, 0.5], [0.8, 0.7])
+    assert text.startswith("objectives.harmless.threshold=0.95 looks out of reach")
+    assert "win 0.80 on average" in text
+    assert unattainable(OBJECTIVES, [0.95, 0.5], []) == []
+
+
+@pytest.mark.slow
+def test_an_infeasible_threshold_ends_the_run_and_keeps_its_model(run_here: Callable[..., Finished], here: Path):
+    overrides = ("objectives.harmless.threshold=0.95", "steps=400", "onpolicy.every=2", "log_every=7")
+    done = run_here("train", *TINY, *overrides, "run.dir=run")
+    assert done.status == 0, done.err
+    run = here / "run"
+    status, summary = read_json(run / "status.json"), read_json(run / "summary.json")
+    assert status["state"] == summary["state"] == "infeasible"
+    assert status["step"] == summary["train"]["steps"] == read_metrics(run)[-1]["step"] < 400
+    assert summary["duals"]["harmless"] == 20.0
+    assert summary["objectives"]["harmless"]["satisfied"] is False
+    attainable = summary["oracle"]["attainable"]["harmless"]
+    expected = "infeasible: the multiplier of harmless grew to its bound while its win rate stayed below 0.950; "
+    assert summary["warnings"][0].startswith(f"{expected}about {attainable:.2f} is attainable")
+    assert f"warning: {expected}" in done.err
+    assert "warning: objectives.harmless.threshold=0.95 looks out of reach" in done.err
+    assert (run / "model" / "model.safetensors").is_file()
