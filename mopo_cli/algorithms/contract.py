@@ -7,11 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from hydra.errors import HydraException
-from hydra.utils import get_class
-
-from mopo_cli.base.errors import UserError
-from mopo_cli.config.compose import build
+from mopo_cli.config.compose import build, class_of
 from mopo_cli.config.schema import TrainConfig
 from mopo_cli.training.checkpoints import Setting, Work
 
@@ -64,10 +60,7 @@ def build_method(config: TrainConfig, names: tuple[str, ...], thresholds: tuple[
     unscored: the objectives whose judge compares responses without giving them values.
     """
     node = {key: value for key, value in config.algorithm.items() if key != "name"}
-    try:
-        target = get_class(str(node.get("_target_")))
-    except (ImportError, ValueError, HydraException) as error:
-        raise UserError(f"algorithm._target_: {' '.join(str(error).split())}") from None
+    target = class_of(node, "algorithm")
     general = config.preference_model.form == "general"
     unscored = tuple(name for name in names if general and config.objectives[name].computed is None)
     given = {"names": names, "thresholds": thresholds, "unscored": unscored}

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from accelerate.utils import set_seed
-from hydra.utils import get_class
 from omegaconf import DictConfig
 from rich.table import Table
 
@@ -17,7 +16,7 @@ from mopo_cli.base.errors import UserError
 from mopo_cli.base.files import write_json
 from mopo_cli.base.processes import build_accelerator
 from mopo_cli.config import checks, compose
-from mopo_cli.config.compose import algorithm_name
+from mopo_cli.config.compose import algorithm_name, class_of
 from mopo_cli.config.schema import PlanConfig
 from mopo_cli.pipeline.train import check
 from mopo_cli.planning.attainable import GIVEN_UP, WANTED, Plan, check_pairs, fit, make_plan
@@ -36,7 +35,7 @@ def command(composed: DictConfig) -> int:
     started = time.perf_counter()
     quiet_libraries()
     set_seed(config.seed)
-    if get_class(config.algorithm["_target_"]) is not Mopo:
+    if class_of(config.algorithm, "algorithm") is not Mopo:
         raise UserError(f"algorithm={algorithm_name(config)}: mopo plan predicts for algorithm=mopo; leave it out")
     inputs = prepare_inputs(config)
     check_pairs(inputs)

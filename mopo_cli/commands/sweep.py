@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import HydraException
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from mopo_cli.base.errors import UserError
@@ -85,12 +83,10 @@ def _config_dir(path: str | None) -> list[str]:
 def _built(composed: DictConfig, group: str) -> Any:
     """The record that a launcher's or sweeper's config names by _target_; UserError where it does not fit."""
     values = {str(key): value for key, value in composed.items()}
+    settings = compose.class_of(values, group)
+    del values["_target_"]
     try:
-        schema = get_class(values.pop("_target_"))
-    except (HydraException, ImportError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{group}._target_: {' '.join(str(error).split())}") from None
-    try:
-        return compose.typed(OmegaConf.create(values), schema)
+        return compose.typed(OmegaConf.create(values), settings)
     except UserError as error:
         raise UserError(f"{group}.{error}") from None
 

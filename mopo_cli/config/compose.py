@@ -18,7 +18,7 @@ from hydra.errors import (
     MissingConfigException,
     OverrideParseException,
 )
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -203,6 +203,37 @@ def to_yaml(config: Any) -> str:
     if not isinstance(config, DictConfig | ListConfig):
         config = OmegaConf.structured(config)
     return OmegaConf.to_yaml(config)
+
+
+MOVED = {  # modules that runs of version 0.1 name, and where what they hold stands now
+    "mopo_cli.algorithms.dpa": "mopo_cli.algorithms.conditioned.dpa",
+    "mopo_cli.algorithms.dpo": "mopo_cli.algorithms.pairwise.dpo",
+    "mopo_cli.algorithms.mapl": "mopo_cli.algorithms.pairwise.mapl",
+    "mopo_cli.algorithms.modpo": "mopo_cli.algorithms.pairwise.modpo",
+    "mopo_cli.algorithms.mopo_conditioned": "mopo_cli.algorithms.mopo.conditioned",
+    "mopo_cli.algorithms.ric": "mopo_cli.algorithms.conditioned.ric",
+    "mopo_cli.algorithms.sft": "mopo_cli.algorithms.pairwise.sft",
+    "mopo_cli.algorithms.soups": "mopo_cli.algorithms.pairwise.soups",
+}
+
+
+def with_current_names(settings: Any) -> Any:
+    """Settings of a run of any version, with every _target_ by its present name."""
+    if isinstance(settings, list):
+        return [with_current_names(value) for value in settings]
+    if not isinstance(settings, dict):
+        return settings
+    renamed = {key: with_current_names(value) for key, value in settings.items()}
+    module, _, name = str(renamed.get("_target_", "")).rpartition(".")
+    return {**renamed, "_target_": f"{MOVED[module]}.{name}"} if module in MOVED else renamed
+
+
+def class_of(node: Mapping[str, Any], group: str) -> type:
+    """The class that a group's _target_ names."""
+    try:
+        return get_class(str(node.get("_target_")))
+    except (HydraException, ImportError, ValueError) as error:
+        raise UserError(f"{group}._target_: {' '.join(str(error).split())}") from None
 
 
 def build(node: dict[str, Any], what: str, **arguments: Any) -> Any:

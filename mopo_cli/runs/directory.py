@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.files import flat, read_json, write_json
+from mopo_cli.config.compose import with_current_names
 
 STATES = ("running", "done", "infeasible", "failed", "interrupted")
 FREE_ON_RESUME = (
@@ -109,7 +110,7 @@ class RunDirectory:
             raise UserError(f"{self.config}: cannot be read ({' '.join(str(error).split())})") from None
         if not isinstance(values, dict) or not values:
             raise UserError(f"{self.config}: holds no config; the run may have been cut off")
-        return values  # type: ignore[return-value]
+        return with_current_names(values)
 
     def results(self) -> dict[str, Any]:
         """What summary.json says; UserError where it is missing, torn or no summary."""
