@@ -235,7 +235,7 @@ def measure(spec: dict[str, Any]) -> dict[str, float]:
     from mopo_cli.models.attention import attend_by_rows
     from mopo_cli.models.logprobs import response_logps
     from mopo_cli.models.parts import unwrap
-    from mopo_cli.models.reference import reference_logps, snapshot
+    from mopo_cli.models.policy import Policy
     from mopo_cli.training.loop import Progressed, Task, Trainer
 
     accelerator = Accelerator()
@@ -252,7 +252,8 @@ def measure(spec: dict[str, Any]) -> dict[str, float]:
     trainer = Trainer(
         accelerator, model, OptimiserConfig(1e-6, fused=fused), steps, spec.get("accumulation", 1), spec.get("budget")
     )
-    reference = snapshot(model)
+    policy = Policy(model, None, collate)  # type: ignore[arg-type]  # no texts here
+    reference = policy.snapshot()
 
     def rows_of(step: int) -> list[int]:
         return batch_rows(len(rows), count, 0, step // len(turns))
@@ -260,7 +261,7 @@ def measure(spec: dict[str, Any]) -> dict[str, float]:
     cached: dict[int, torch.Tensor] = {}
     if spec["method"] == "dpo":  # references precomputed, as the peer's
         used = sorted({i for step in range(steps) for i in rows_of(step)})
-        values = reference_logps(model, reference, [rows[i] for i in used], collate)
+        values = policy.logps_under(reference, [rows[i] for i in used])
         cached = dict(zip(used, values, strict=True))
         reference = {}  # no more needed
     methods = {k: Mopo(tuple(map(str, range(k))), (0.5,) * (k - 1), 0.08, 1.0, "auto", float("inf")) for k in turns}
@@ -269,7 +270,7 @@ def measure(spec: dict[str, Any]) -> dict[str, float]:
     def loss_of(numbers: list[int]) -> torch.Tensor:
         taken = [rows[i] for i in numbers]
         logps = response_logps(model, collate(taken).to(device))
-        before = [cached[i] for i in numbers] if cached else reference_logps(model, reference, taken, collate)
+        before = [cached[i] for i in numbers] if cached else policy.logps_under(reference, taken)
         ref = torch.stack(before).to(device)
         if spec["method"] == "dpo":
             return -torch.nn.functional.logsigmoid(0.1 * ((logps - ref)[:, 0] - (logps - ref)[:, 1])).sum()

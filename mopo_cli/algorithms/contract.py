@@ -68,3 +68,9 @@ def build_method(config: TrainConfig, names: tuple[str, ...], thresholds: tuple[
     given["preference_form"] = config.preference_model.form
     taken = inspect.signature(target).parameters
     return build({**node, "_partial_": False}, "algorithm", **{k: v for k, v in given.items() if k in taken})
+
+
+def method_of(config: TrainConfig) -> Method:
+    """The method that the config names, for its objectives: the primary first."""
+    names = sorted(config.objectives, key=lambda name: config.objectives[name].role != "primary")
+    return build_method(config, tuple(names), tuple(config.objectives[name].threshold for name in names[1:]))

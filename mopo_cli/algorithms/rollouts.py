@@ -7,14 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from mopo_cli.base.console import stage as shown_stage
 from mopo_cli.base.errors import UserError
 from mopo_cli.data.table import TokenRow
 from mopo_cli.judging.rows import SUPPORTING, response_values, support_floor
-from mopo_cli.models.reference import loaded, reference_logps
-from mopo_cli.models.sampling import sample
 from mopo_cli.training.cache import kept_logps
 from mopo_cli.training.checkpoints import Setting, Work
 from mopo_cli.training.stage import mix
@@ -40,9 +37,9 @@ class Sampler:
     def __init__(self, setting: Setting, work: Work):
         self.setting, self.work = setting, work
         inputs = setting.inputs
-        with torch.no_grad(), loaded(inputs.policy, setting.initial):
+        with inputs.policy.swapped(setting.initial):
             rows = inputs.tokens["heldout"][:SUPPORTING]
-            logps = kept_logps(setting.accelerator, setting.config.cache, inputs.policy, rows, inputs.collate)
+            logps = kept_logps(setting.accelerator, setting.config.cache, inputs.policy, rows)
         self.floor = support_floor(logps, setting.config.onpolicy.support)
 
     def __call__(self, asked: Sequence[tuple[int, str]], responses: int, seed: int, title: str) -> list[Samples]:
@@ -65,17 +62,18 @@ class Sampler:
 
     def _drawn(self, asked: Sequence[tuple[int, str]], responses: int, seed: int) -> list[Samples]:
         setting, inputs = self.setting, self.setting.inputs
+        encoder = inputs.policy.encoder
         examples = [inputs.examples["train"][i] for i, _ in asked]
-        prompts = inputs.encoder.conditioned_prompts([(e, told) for e, (_, told) in zip(examples, asked, strict=True)])
-        drawn = sample(inputs.policy, inputs.encoder, prompts, responses, setting.config.sampling, seed)
+        prompts = encoder.conditioned_prompts([(e, told) for e, (_, told) in zip(examples, asked, strict=True)])
+        drawn = inputs.policy.sample(prompts, responses, setting.config.sampling, seed)
         rows = [
             TokenRow(inputs.tokens["train"][i].prompt, [d.ids for d in draws])
             for (i, _), draws in zip(asked, drawn, strict=True)
         ]
         texts = [[d.text for d in draws] for draws in drawn]
-        values = response_values(setting.judge, inputs.data.objectives, examples, rows, texts, inputs.collate)
-        before = reference_logps(inputs.policy, setting.initial, rows, inputs.collate)
-        end = inputs.tokenizer.eos_token_id
+        values = response_values(setting.judge, inputs.data.objectives, examples, rows, texts, inputs.policy.collate)
+        before = inputs.policy.logps_under(setting.initial, rows)
+        end = inputs.policy.tokenizer.eos_token_id
         return [
             Samples(
                 i, told, row.responses, v.numpy(), (b >= self.floor).numpy() & [r[-1] == end for r in row.responses]

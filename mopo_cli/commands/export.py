@@ -110,13 +110,12 @@ def write_merged(entrant: Entrant, folder: Path) -> None:
 
     from transformers import AutoTokenizer
 
-    from mopo_cli.models.load import load_policy
-    from mopo_cli.models.save import load_weights, save_model
+    from mopo_cli.models.policy import Policy
 
     assert entrant.trained is not None
     model = entrant.trained.model
     tokenizer = AutoTokenizer.from_pretrained(entrant.run.model)
     whole = replace(model, lora=replace(model.lora, quantise=None))  # a base in 4 bits could not be written back
-    policy: Any = load_policy(whole, tokenizer, entrant.trained.seed)
-    load_weights(policy, entrant.run.model)
-    save_model(policy.merge_and_unload(), tokenizer, folder)
+    policy = Policy.load(whole, tokenizer, entrant.trained.seed)
+    policy.load_weights(entrant.run.model)
+    policy.merged().save(folder)

@@ -10,13 +10,14 @@ from accelerate.utils import set_seed
 from omegaconf import DictConfig
 from rich.table import Table
 
-from mopo_cli.algorithms.mopo.core import Mopo
+from mopo_cli.algorithms.contract import method_of
+from mopo_cli.algorithms.mopo import Mopo
 from mopo_cli.base.console import say, show
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.files import write_json
 from mopo_cli.base.processes import build_accelerator
 from mopo_cli.config import checks, compose
-from mopo_cli.config.compose import algorithm_name, class_of
+from mopo_cli.config.compose import algorithm_name
 from mopo_cli.config.schema import PlanConfig
 from mopo_cli.pipeline.train import check
 from mopo_cli.planning.attainable import GIVEN_UP, WANTED, Plan, check_pairs, fit, make_plan
@@ -35,13 +36,14 @@ def command(composed: DictConfig) -> int:
     started = time.perf_counter()
     quiet_libraries()
     set_seed(config.seed)
-    if class_of(config.algorithm, "algorithm") is not Mopo:
+    algorithm = method_of(config)
+    if not isinstance(algorithm, Mopo):
         raise UserError(f"algorithm={algorithm_name(config)}: mopo plan predicts for algorithm=mopo; leave it out")
     inputs = prepare_inputs(config)
     check_pairs(inputs)
     accelerator = build_accelerator()
     judge, accuracy = fit(config, accelerator, inputs)
-    plan = make_plan(config, inputs, judge, accuracy, started)
+    plan = make_plan(config, algorithm, inputs, judge, accuracy, started)
     from mopo_cli.planning.figures import draw_plan
 
     run.path.mkdir(parents=True, exist_ok=True)

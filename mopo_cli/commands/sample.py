@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 from omegaconf import DictConfig
-from torch import nn
 
 from mopo_cli.base.console import say, warn
 from mopo_cli.base.errors import UserError
@@ -23,12 +22,9 @@ from mopo_cli.data.prepare import resolve_objectives
 from mopo_cli.evaluation.entrants import MODEL_FILES, Entrant, finished_run, newest_run
 from mopo_cli.evaluation.measure import POLICY_SEED, REFERENCE_SEED, sampled_answers, win_rates
 from mopo_cli.evaluation.prompts import in_form_of, known_example
-from mopo_cli.evaluation.responses import load_judge, on_device, reading, tokenizer_of
+from mopo_cli.evaluation.responses import asked_policy, load_judge, reading, tokenizer_of
 from mopo_cli.judging.judges import Answers, PreferenceFeatures, own_judge
-from mopo_cli.models.load import load_policy
-from mopo_cli.models.logprobs import collator_of
-from mopo_cli.models.reference import Snapshot, loaded, snapshot
-from mopo_cli.models.save import load_weights
+from mopo_cli.models.policy import Policy, Snapshot
 from mopo_cli.runs.session import quiet_libraries
 
 Rates = dict[str, list[np.ndarray]]  # by objective, (n,) win rates of each prompt's responses
@@ -39,8 +35,7 @@ class Speaker:
     """A model that responds; of a run, with its reference and preference model."""
 
     entrant: Entrant
-    policy: nn.Module
-    encoder: Encoder
+    policy: Policy
     features: PreferenceFeatures | None = None
     initial: Snapshot | None = None
 
@@ -56,12 +51,12 @@ def command(composed: DictConfig, prompt: str | None = None) -> int:
     speaker = load_speaker(settings, entrant)
     examples = [example_of(settings, entrant, text) for text in asked]
     for example, text in zip(examples, asked, strict=True):
-        size = len(speaker.encoder.conditioned(condition).prompt_ids(example.prompt, example.responses[0]))
-        if size >= speaker.encoder.max_length:
-            limit = speaker.encoder.max_length
+        size = len(speaker.policy.encoder.conditioned(condition).prompt_ids(example.prompt, example.responses[0]))
+        if size >= speaker.policy.encoder.max_length:
+            limit = speaker.policy.encoder.max_length
             raise UserError(f"prompt {text[:40]!r}: its {size} tokens fill the context of {limit} (model.max_length)")
     answers = sampled_answers(
-        speaker.policy, speaker.encoder, examples, settings.n, settings.sampling, settings.seed + POLICY_SEED, condition
+        speaker.policy, examples, settings.n, settings.sampling, settings.seed + POLICY_SEED, condition
     )
     rates = judged(settings, speaker, examples, answers)
     if condition:
@@ -146,20 +141,19 @@ def condition_of(entrant: Entrant, direction: str | None) -> str:
 def load_speaker(settings: SampleConfig, entrant: Entrant) -> Speaker:
     model = entrant.trained.model if entrant.trained else replace(settings.model, path=entrant.path)
     encoder = Encoder(tokenizer_of(entrant, model), model.max_length, model.chat_template)
-    policy = on_device(load_policy(model, encoder.tokenizer, settings.seed), model)
+    policy = asked_policy(model, encoder, settings.seed)
     if entrant.trained is None:
-        return Speaker(entrant, policy, encoder)
+        return Speaker(entrant, policy)
     run = entrant.run
-    speaker = Speaker(entrant, policy, encoder)
+    speaker = Speaker(entrant, policy)
     if settings.compare and (run.preference_model / "preference_model.json").is_file():
-        collate = collator_of(policy, encoder)
-        speaker.features = PreferenceFeatures(load_judge(run, policy), encoder, collate)
+        speaker.features = PreferenceFeatures(load_judge(run, policy), encoder, policy.collate)
         if run.reference.is_dir():
             with reading(run.reference):
-                load_weights(policy, run.reference)
-        speaker.initial = snapshot(policy)
+                policy.load_weights(run.reference)
+        speaker.initial = policy.snapshot()
     with reading(run.model):
-        load_weights(policy, run.model)
+        policy.load_weights(run.model)
     return speaker
 
 
@@ -178,9 +172,9 @@ def judged(settings: SampleConfig, speaker: Speaker, examples: Sequence[Example]
     entrant = speaker.entrant
     if speaker.features is None or speaker.initial is None or entrant.trained is None:
         return {}
-    with loaded(speaker.policy, speaker.initial):
+    with speaker.policy.swapped(speaker.initial):
         reference = sampled_answers(
-            speaker.policy, speaker.encoder, examples, settings.compare, settings.sampling,
+            speaker.policy, examples, settings.compare, settings.sampling,
             settings.seed + REFERENCE_SEED,
         )  # fmt: skip
     nodes = entrant.trained.objectives

@@ -8,17 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from scipy.special import logsumexp
-from torch import nn
 
 from mopo_cli.base.types import PreferenceData
 from mopo_cli.data.assistant import World
-from mopo_cli.data.batches import Collator
 from mopo_cli.data.encoder import Encoder
 from mopo_cli.data.table import TokenRow
 from mopo_cli.evaluation.records import Exact, Models
 from mopo_cli.maths import oracle, pareto
-from mopo_cli.models.logprobs import all_logps
-from mopo_cli.models.reference import loaded
+from mopo_cli.models.policy import Policy
 from mopo_cli.training.cache import kept_logps
 
 
@@ -35,12 +32,12 @@ def exact_evaluation(
     """
     if not isinstance(data.world, World):
         return None
-    rows, win_rates = _listed(data, data.world, models.encoder, prompts)
-    told = models.encoder.conditioned(models.condition)
+    rows, win_rates = _listed(data, data.world, models.policy.encoder, prompts)
+    told = models.policy.encoder.conditioned(models.condition)
     asked = _listed(data, data.world, told, prompts)[0] if models.condition else rows
-    log_policy, mass = _conditional(all_logps(models.policy, asked, models.collate))
-    with loaded(models.policy, models.initial):
-        log_reference, _ = _conditional(kept_logps(None, models.cache, models.policy, rows, models.collate))
+    log_policy, mass = _conditional(models.policy.logps(asked))
+    with models.policy.swapped(models.initial):
+        log_reference, _ = _conditional(kept_logps(None, models.cache, models.policy, rows))
     names = data.names
     bounds = np.array([thresholds.get(name, -math.inf) for name in names[1:]])
     best = oracle.solve(win_rates, log_reference, tau, bounds)
@@ -83,13 +80,13 @@ def _listed(
 
 
 def exact_win_rates(
-    policy: nn.Module, encoder: Encoder, collate: Collator, data: PreferenceData, prompts: int | None = None
+    policy: Policy, encoder: Encoder, data: PreferenceData, prompts: int | None = None
 ) -> dict[str, float]:
     """Exact win rates of a policy, conditional on the world's responses; none where the world cannot be listed."""
     if not isinstance(data.world, World):
         return {}
     rows, exact = _listed(data, data.world, encoder, prompts)
-    log_policy, _ = _conditional(all_logps(policy, rows, collate))
+    log_policy, _ = _conditional(policy.logps(rows))
     return _named(data.names, oracle.policy_win_rates(log_policy, exact))
 
 

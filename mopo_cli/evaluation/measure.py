@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import nn
 
 from mopo_cli.base.types import Example, PreferenceData
 from mopo_cli.config.schema import EvaluationConfig, SamplingConfig
@@ -17,9 +16,7 @@ from mopo_cli.data.table import TokenRow
 from mopo_cli.evaluation.records import Evaluation, Exact, Models, ObjectiveResult, Sample, settled
 from mopo_cli.judging.judges import Answers, Judge, PreferenceFeatures, encoded_prompt, own_judge
 from mopo_cli.maths.significance import bootstrap_ci, verdict
-from mopo_cli.models.logprobs import all_logps
-from mopo_cli.models.reference import reference_logps
-from mopo_cli.models.sampling import sample
+from mopo_cli.models.policy import Policy
 
 POLICY_SEED, REFERENCE_SEED = 104729, 15485863  # apart, so that their samples are independent
 
@@ -48,8 +45,7 @@ def data_answers(examples: Sequence[Example], encoder: Encoder | None = None) ->
 
 
 def sampled_answers(
-    policy: nn.Module,
-    encoder: Encoder,
+    policy: Policy,
     examples: Sequence[Example],
     responses: int,
     sampling: SamplingConfig,
@@ -57,12 +53,12 @@ def sampled_answers(
     condition: str = "",
 ) -> Answers:
     """`responses` samples of the policy to each prompt, which is asked behind `condition`; the rows are without it."""
-    told = encoder.conditioned(condition)
+    told = policy.encoder.conditioned(condition)
     asked = [encoded_prompt(told, example) for example in examples]
-    drawn = sample(policy, told, asked, responses, sampling, seed)
-    plain = [encoded_prompt(encoder, example) for example in examples] if condition else asked
+    drawn = policy.sample(asked, responses, sampling, seed)
+    plain = [encoded_prompt(policy.encoder, example) for example in examples] if condition else asked
     tokens = [TokenRow(prompt, [d.ids for d in draws]) for prompt, draws in zip(plain, drawn, strict=True)]
-    return Answers([[d.text for d in draws] for draws in drawn], tokens, encoder)
+    return Answers([[d.text for d in draws] for draws in drawn], tokens, policy.encoder)
 
 
 def win_rates(judge: Judge, ours: Sequence[object], theirs: Sequence[object]) -> list[np.ndarray]:
@@ -82,11 +78,9 @@ def evaluate_samples(
 ) -> Evaluation:
     """Win rates of sampled responses on test prompts, with bootstrap intervals over prompts, and the sampled KL."""
     examples = evaluated_prompts(test, config.prompts, seed)
-    given = data_answers(examples, models.encoder)
-    answers = sampled_answers(
-        models.policy, models.encoder, examples, config.responses, sampling, seed + POLICY_SEED, models.condition
-    )
-    features = PreferenceFeatures(models.judge, models.encoder, models.collate)
+    given = data_answers(examples, models.policy.encoder)
+    answers = sampled_answers(models.policy, examples, config.responses, sampling, seed + POLICY_SEED, models.condition)
+    features = PreferenceFeatures(models.judge, models.policy.encoder, models.policy.collate)
     results, rates = {}, {}
     for k, objective in enumerate(data.objectives):
         judge = own_judge(objective, data.world, features, k)
@@ -111,8 +105,8 @@ def evaluate_samples(
 def sampled_kl(models: Models, examples: Sequence[Example], answers: Answers) -> float:
     """KL to the first reference in nats a response, from the policy's own samples."""
     assert answers.tokens is not None
-    now = all_logps(models.policy, asked_rows(models.encoder, examples, answers, models.condition), models.collate)
-    before = reference_logps(models.policy, models.initial, answers.tokens, models.collate)
+    now = models.policy.logps(asked_rows(models.policy.encoder, examples, answers, models.condition))
+    before = models.policy.logps_under(models.initial, answers.tokens)
     return mean_log_ratio(now, before)
 
 

@@ -6,22 +6,16 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from torch import nn
-
-from mopo_cli.data.batches import Collator
-from mopo_cli.data.encoder import Encoder
+from mopo_cli.models.policy import Policy, Snapshot
 from mopo_cli.models.preference import PreferenceModel
-from mopo_cli.models.reference import Snapshot
 
 
 @dataclass(slots=True)
 class Models:
     """What evaluation needs besides data."""
 
-    policy: nn.Module
+    policy: Policy
     initial: Snapshot  # the first reference
-    encoder: Encoder
-    collate: Collator
     judge: PreferenceModel
     condition: str = ""  # what stands in front of each prompt when the policy is asked; the reference never sees it
     cache: str | None = None  # where the reference's log-probs of an enumerable world are kept for other runs

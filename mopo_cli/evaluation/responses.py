@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mopo_cli.base.console import stage, warn
@@ -36,11 +35,8 @@ from mopo_cli.evaluation.measure import (
 from mopo_cli.evaluation.records import Exact, Models
 from mopo_cli.judging.judges import Answers, PreferenceFeatures
 from mopo_cli.judging.scorers import STAND_IN
-from mopo_cli.models.load import load_policy
-from mopo_cli.models.logprobs import all_logps, collator_of
+from mopo_cli.models.policy import Policy
 from mopo_cli.models.preference import load_preference_model
-from mopo_cli.models.reference import loaded, snapshot
-from mopo_cli.models.save import load_weights
 from mopo_cli.models.tokenizers import load_tokenizer
 from mopo_cli.runs.directory import RunDirectory
 from mopo_cli.runs.session import fingerprint
@@ -243,8 +239,13 @@ def needs_preference_model(settings: EvalConfig, data: PreferenceData) -> bool:
     return bool(others) and not isinstance(data.world, World)
 
 
-def on_device(policy: nn.Module, model: ModelConfig) -> nn.Module:
-    return policy.to("cuda") if torch.cuda.is_available() and not model.lora.quantise else policy
+def asked_policy(config: ModelConfig, encoder: Encoder, seed: int) -> Policy:
+    """The model of a config, on the accelerator where there is one, to be asked by an encoder."""
+    policy = Policy.load(config, encoder.tokenizer, seed)
+    policy.encoder = encoder
+    if torch.cuda.is_available() and not config.lora.quantise:
+        policy.model.to("cuda")
+    return policy
 
 
 def respond_run(
@@ -253,19 +254,18 @@ def respond_run(
     """Samples of a run's policy and of its reference, the KL between them, and exact numbers where there are any."""
     assert entrant.trained is not None
     run, model = entrant.run, entrant.trained.model
-    policy = on_device(load_policy(model, encoder.tokenizer, entrant.trained.seed), model)
-    collate = collator_of(policy, encoder)
-    features = PreferenceFeatures(load_judge(run, policy), encoder, collate) if judges else None
+    policy = asked_policy(model, encoder, entrant.trained.seed)
+    features = PreferenceFeatures(load_judge(run, policy), encoder, policy.collate) if judges else None
     with reading(run.path):
         if run.reference.is_dir():
-            load_weights(policy, run.reference)
-        initial = snapshot(policy)
-        load_weights(policy, run.model)
+            policy.load_weights(run.reference)
+        initial = policy.snapshot()
+        policy.load_weights(run.model)
     kept = entrant.trained.cache if entrant.trained.cache and Path(entrant.trained.cache).is_dir() else None
-    models = Models(policy, initial, encoder, collate, None, entrant.condition, kept)  # type: ignore[arg-type]  # nobody judges
-    answers = sampled(settings, policy, encoder, given.examples, POLICY_SEED, entrant.condition)
-    with loaded(policy, initial):
-        reference = sampled(settings, policy, encoder, given.examples, REFERENCE_SEED)
+    models = Models(policy, initial, None, entrant.condition, kept)  # type: ignore[arg-type]  # nobody judges
+    answers = sampled(settings, policy, given.examples, POLICY_SEED, entrant.condition)
+    with policy.swapped(initial):
+        reference = sampled(settings, policy, given.examples, REFERENCE_SEED)
     exact = exact_evaluation(
         models, given.data, thresholds_of(given, entrant), entrant.trained.tau, settings.evaluation.exact_prompts
     )
@@ -276,39 +276,37 @@ def respond_run(
 
 def sampled(
     settings: EvalConfig,
-    policy: nn.Module,
-    encoder: Encoder,
+    policy: Policy,
     examples: Sequence[Example],
     seed: int,
     condition: str = "",
 ) -> Answers:
     return sampled_answers(
-        policy, encoder, examples, settings.evaluation.responses, settings.sampling, settings.seed + seed, condition
+        policy, examples, settings.evaluation.responses, settings.sampling, settings.seed + seed, condition
     )
 
 
 def respond_model(settings: EvalConfig, given: Given, entrant: Entrant, encoder: Encoder) -> Responded:
     """Samples of a plain model, and of the model that it is compared with, where one is named."""
     model = model_of(settings, entrant)
-    policy = on_device(load_policy(model, encoder.tokenizer, settings.seed), model)
-    collate = collator_of(policy, encoder)
+    policy = asked_policy(model, encoder, settings.seed)
     condition = entrant.condition
-    answers = sampled(settings, policy, encoder, given.examples, POLICY_SEED, condition)
+    answers = sampled(settings, policy, given.examples, POLICY_SEED, condition)
     one = Responded(entrant, answers, cut_off=cut_off(answers))
     told = encoder.conditioned(condition)
-    one.exact = exact_win_rates(policy, told, collate, given.data, settings.evaluation.exact_prompts)
+    one.exact = exact_win_rates(policy, told, given.data, settings.evaluation.exact_prompts)
     if settings.reference is None:
         return one
-    now = all_logps(policy, asked_rows(encoder, given.examples, answers, condition), collate)
+    now = policy.logps(asked_rows(encoder, given.examples, answers, condition))
     del policy
     other = replace(settings.model, path=settings.reference)
     tokenizer = load_tokenizer(other, [])
-    reference = on_device(load_policy(other, tokenizer, settings.seed), other)
     theirs = Encoder(tokenizer, other.max_length, other.chat_template)
     theirs.longest_response = encoder.longest_response
-    one.reference = sampled(settings, reference, theirs, given.examples, REFERENCE_SEED)
+    reference = asked_policy(other, theirs, settings.seed)
+    one.reference = sampled(settings, reference, given.examples, REFERENCE_SEED)
     if tokenizer.get_vocab() == encoder.tokenizer.get_vocab():  # the same tokens, so their probabilities compare
-        before = all_logps(reference, asked_rows(encoder, given.examples, answers, ""), collate)
+        before = reference.logps(asked_rows(encoder, given.examples, answers, ""))
         one.kl = mean_log_ratio(now, before)
     return one
 
@@ -323,11 +321,11 @@ def answers_of_file(entrant: Entrant, examples: Sequence[Example]) -> Responded:
     )
 
 
-def load_judge(run: RunDirectory, policy: nn.Module) -> Any:
+def load_judge(run: RunDirectory, policy: Policy) -> Any:
     if not (run.preference_model / "preference_model.json").is_file():
         raise UserError(f"{run.preference_model}: no preference model there, which would judge")
     with reading(run.preference_model):
-        return load_preference_model(run.preference_model, policy)[0]
+        return load_preference_model(run.preference_model, policy.model)[0]
 
 
 @contextmanager
@@ -347,9 +345,8 @@ def features_of_run(settings: EvalConfig, home: Entrant, data: PreferenceData) -
     """The preference model of a run that is not evaluated itself."""
     assert home.trained is not None
     encoder, _ = encoder_of(settings, home, data)
-    policy = on_device(load_policy(home.trained.model, encoder.tokenizer, home.trained.seed), home.trained.model)
-    collate = collator_of(policy, encoder)
-    return PreferenceFeatures(load_judge(home.run, policy), encoder, collate)
+    policy = asked_policy(home.trained.model, encoder, home.trained.seed)
+    return PreferenceFeatures(load_judge(home.run, policy), encoder, policy.collate)
 
 
 def cut_off(answers: Answers) -> float:

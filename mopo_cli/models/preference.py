@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,17 +18,8 @@ from torch import Tensor, nn
 from mopo_cli.base.files import whole
 from mopo_cli.data.batches import Collator, TokenBatch
 from mopo_cli.data.table import TokenRow
-from mopo_cli.models.logprobs import budget_batches, gather_slots, hidden_states
+from mopo_cli.models.logprobs import budget_batches, hidden_states
 from mopo_cli.models.parts import backbone_of, unwrap
-
-
-@dataclass(frozen=True, slots=True)
-class PairBatch:
-    """Labelled pairs of a token batch: index (P, 3) row, a, b; labels (P, K), NaN where missing."""
-
-    tokens: TokenBatch
-    index: Tensor
-    labels: Tensor
 
 
 class PreferenceModel(nn.Module):
@@ -53,12 +43,6 @@ class PreferenceModel(nn.Module):
             v, w = first[..., 1:].unflatten(-1, (2, self.rank)), second[..., 1:].unflatten(-1, (2, self.rank))
             value = value + (v[..., 0, :] * w[..., 1, :] - v[..., 1, :] * w[..., 0, :]).sum(-1)
         return value
-
-    def pair_logits(self, batch: PairBatch) -> Tensor:
-        """(P, K)"""
-        features = gather_slots(self(batch.tokens), batch.tokens.slot)
-        row, a, b = batch.index.unbind(-1)
-        return self.logits(features[row, a], features[row, b])
 
 
 def build_preference_model(policy: nn.Module, objectives: int, form: str, rank: int, seed: int) -> PreferenceModel:

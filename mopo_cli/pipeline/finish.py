@@ -28,7 +28,6 @@ from mopo_cli.evaluation.exact import exact_evaluation
 from mopo_cli.evaluation.measure import evaluate_samples, settle
 from mopo_cli.evaluation.records import Evaluation, Exact, Models
 from mopo_cli.evaluation.show import show_results, write_samples
-from mopo_cli.models.save import save_model
 from mopo_cli.runs.directory import RunDirectory
 from mopo_cli.runs.tracking import Tracker
 from mopo_cli.training.inputs import Inputs
@@ -55,7 +54,7 @@ def finish(
     started: float,
 ) -> Outcome:
     """Save the model, evaluate, write summary.json last, and show the result."""
-    save_model(models.policy, inputs.tokenizer, run.model)
+    models.policy.save(run.model)
     if aligned.directions is not None:
         aligned.directions.save(run.model)
     asked = {o.name: o.threshold for o in inputs.data.objectives if o.threshold is not None}

@@ -8,12 +8,11 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from omegaconf import DictConfig
 
-from mopo_cli.algorithms.contract import build_method
+from mopo_cli.algorithms.contract import method_of
 from mopo_cli.base.processes import part_ways
 from mopo_cli.config import checks
 from mopo_cli.config.schema import TrainConfig
 from mopo_cli.evaluation.records import Models
-from mopo_cli.models.reference import snapshot
 from mopo_cli.pipeline.finish import Outcome, finish
 from mopo_cli.runs.directory import RunDirectory
 from mopo_cli.runs.session import quiet_libraries, recorded
@@ -28,8 +27,7 @@ def check(config: TrainConfig) -> None:
     """Everything that can be told before data and model are loaded: UserError where a setting is wrong."""
     checks.check_train(config)
     wandb_mode(config.logger)
-    names = sorted(config.objectives, key=lambda name: config.objectives[name].role != "primary")
-    build_method(config, tuple(names), (None,) * (len(names) - 1))
+    method_of(config)
 
 
 def train(config: TrainConfig, composed: DictConfig, run: RunDirectory, accelerator: Accelerator) -> Outcome:
@@ -37,18 +35,19 @@ def train(config: TrainConfig, composed: DictConfig, run: RunDirectory, accelera
     started = time.perf_counter()
     quiet_libraries()
     set_seed(config.seed)
-    inputs = prepare_inputs(config)
-    if check := getattr(inputs.method, "check", None):
+    method = method_of(config)
+    inputs = prepare_inputs(config, method.longest_condition)
+    if check := getattr(method, "check", None):
         check(inputs)
     with recorded(accelerator, config, composed, run, inputs.data) as tracker:
         fit_or_load_reference(config, accelerator, inputs, run.reference)
-        initial = snapshot(inputs.policy)
+        initial = inputs.policy.snapshot()
         judge, accuracy = fit_or_load_judge(config, accelerator, inputs, run.preference_model)
-        aligned = inputs.method.align(Setting(config, accelerator, inputs, judge, initial, run, tracker))
+        aligned = method.align(Setting(config, accelerator, inputs, judge, initial, run, tracker))
         part_ways()
         if not accelerator.is_main_process:
             return Outcome("infeasible" if aligned.infeasible else "done")
-        models = Models(inputs.policy, initial, inputs.encoder, inputs.collate, judge, aligned.condition, config.cache)
+        models = Models(inputs.policy, initial, judge, aligned.condition, config.cache)
         return finish(config, inputs, models, aligned, accuracy, run, tracker, started)
 
 

@@ -26,9 +26,7 @@ from mopo_cli.data.assistant import World
 from mopo_cli.judging.rows import SUPPORTING, JudgedRows, empirical, judge_rows, judge_samples, support_floor
 from mopo_cli.maths import oracle
 from mopo_cli.maths.bounds import resolve_epsilon
-from mopo_cli.models.logprobs import all_logps
 from mopo_cli.models.preference import PreferenceModel, win_probabilities
-from mopo_cli.models.sampling import sample
 from mopo_cli.training.inputs import Inputs
 from mopo_cli.training.preference import fit_or_load_judge
 from mopo_cli.training.reference import fit_or_load_reference
@@ -301,15 +299,14 @@ def suggestions(
 
 
 def judge_thresholds(
-    config: PlanConfig, inputs: Inputs, pool: Pool, labelled: LabelledRows, truth: Pool | None
+    config: PlanConfig, algorithm: Mopo, inputs: Inputs, pool: Pool, labelled: LabelledRows, truth: Pool | None
 ) -> tuple[dict[str, Asked], Answer, float]:
     """The objective set as it stands: which thresholds bind, which never do, which cannot be met; also epsilon."""
-    method, objectives = inputs.method, inputs.data.objectives
-    assert isinstance(method, Mopo)
-    thresholds = method.thresholds.numpy()
+    objectives = inputs.data.objectives
+    thresholds = algorithm.thresholds.numpy()
     best = answer(pool, labelled, config.tau, thresholds)
     n_eff = float(min(config.onpolicy.prompts, len(inputs.examples["heldout"])))
-    epsilon = resolve_epsilon(config.epsilon, n_eff, method.delta)
+    epsilon = resolve_epsilon(config.epsilon, n_eff, algorithm.delta)
     reference = oracle.policy_win_rates(pool.log_reference, pool.win_rates)
     noise = _sample_variance(pool, best, config)
     exact = None
@@ -387,18 +384,15 @@ def sample_pool(
     """
     numbers = _distinct(inputs, config.plan.prompts, config.seed)
     asked = [heldout.tokens[i].prompt for i in numbers]
-    floor = support_floor(
-        all_logps(inputs.policy, heldout.tokens[:SUPPORTING], inputs.collate), config.onpolicy.support
-    )
+    policy = inputs.policy
+    floor = support_floor(policy.logps(heldout.tokens[:SUPPORTING]), config.onpolicy.support)
     rates, known = [], []
     with stage("samples", len(asked)) as progress:
         for start in range(0, len(asked), 50):
             part = slice(start, start + 50)
-            drawn = sample(
-                inputs.policy, inputs.encoder, asked[part], config.plan.responses, config.sampling, config.seed + start
-            )
-            tokens, judged = judge_samples(judge, heldout, numbers[part], drawn, inputs.collate)
-            logps = all_logps(inputs.policy, tokens, inputs.collate)
+            drawn = policy.sample(asked[part], config.plan.responses, config.sampling, config.seed + start)
+            tokens, judged = judge_samples(judge, heldout, numbers[part], drawn, policy.collate)
+            logps = policy.logps(tokens)
             rates += judged
             known += [values >= floor for values in logps]
             progress.advance(min(start + 50, len(asked)))
@@ -464,15 +458,20 @@ def check_pairs(inputs: Inputs) -> None:
 
 
 def make_plan(
-    config: PlanConfig, inputs: Inputs, judge: PreferenceModel, accuracy: Sequence[float], started: float
+    config: PlanConfig,
+    algorithm: Mopo,
+    inputs: Inputs,
+    judge: PreferenceModel,
+    accuracy: Sequence[float],
+    started: float,
 ) -> Plan:
     names = inputs.data.names
     rows = inputs.examples["heldout"], inputs.tokens["heldout"]
-    heldout = judge_rows(judge, inputs.data.objectives, *rows, inputs.collate, "smoothed")
+    heldout = judge_rows(judge, inputs.data.objectives, *rows, inputs.policy.collate, "smoothed")
     labelled = label_rows(judge, inputs, heldout)
     pool, prompts = sample_pool(config, inputs, judge, heldout)
     truth = true_pool(inputs, prompts)
-    asked, best, epsilon = judge_thresholds(config, inputs, pool, labelled, truth)
+    asked, best, epsilon = judge_thresholds(config, algorithm, inputs, pool, labelled, truth)
     fronts = [
         pair_front(names, i, k, pool, labelled, truth, config.tau, config.plan.thresholds)
         for i, k in combinations(range(len(names)), 2)

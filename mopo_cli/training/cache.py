@@ -11,72 +11,48 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import tokenizers
 import torch
 import transformers
 from accelerate import Accelerator
-from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from torch import Tensor
 
 from mopo_cli import __version__
 from mopo_cli.base.console import say, warn
 from mopo_cli.base.files import whole
 from mopo_cli.base.processes import agree
 from mopo_cli.base.types import Example
-from mopo_cli.data.batches import Collator
 from mopo_cli.data.encoder import Encoder
 from mopo_cli.data.table import TokenRow, TokenTable
-from mopo_cli.models.logprobs import all_logps
-from mopo_cli.models.parts import lora_of
+from mopo_cli.models.policy import Policy
 
-UNTOLD = ("architectures", "transformers_version", "use_cache", "dtype", "torch_dtype", "attn_implementation")
+T = TypeVar("T")
 WORTH_KEEPING = 8_000_000  # characters of prompts and responses, below which encoding them anew is as fast
 
 
 def kept_logps(
-    accelerator: Accelerator | None, root: str | None, model: nn.Module, rows: Sequence[TokenRow], collate: Collator
+    accelerator: Accelerator | None, root: str | None, policy: Policy, rows: Sequence[TokenRow]
 ) -> list[Tensor]:
-    """(G,) log-probs of each row's responses under a model as it is: from an earlier run, else computed and kept.
+    """(G,) log-probs of each row's responses under a policy as it is: from an earlier run, else computed and kept.
 
     Without an accelerator this process works for itself.
     """
-    found: list[list[Tensor]] = []
 
-    def compute() -> None:
-        found.append(all_logps(model, rows, collate))
-
-    def save(path: Path) -> None:
+    def save(logps: list[Tensor], path: Path) -> None:
         with whole(path) as place:
-            np.save(place / "logps.npy", torch.cat(found[0]).numpy())
+            np.save(place / "logps.npy", torch.cat(logps).numpy())
 
-    def load(path: Path) -> None:
+    def load(path: Path) -> list[Tensor]:
         values = torch.from_numpy(np.load(path / "logps.npy"))
-        found.append(list(values.split([len(row.responses) for row in rows])))
+        return list(values.split([len(row.responses) for row in rows]))
 
     def key() -> str:
-        return _key("logps", weights_hash(model), _rows_hash(rows))
+        return key_of("logps", policy.digest(), _rows_hash(rows))
 
-    fitted(accelerator, root, key, None, compute, save, load)
-    return found[0]
-
-
-def weights_hash(model: nn.Module) -> str:
-    """Of every parameter and buffer, with its name, kind and shape, of the scale of adapters, and of what the model's
-    config says besides: heads and activations, say."""
-    digest = hashlib.sha256()
-    for part in model.modules():
-        if isinstance(config := getattr(part, "config", None), PreTrainedConfig):
-            about = {key: value for key, value in config.to_dict().items() if key not in UNTOLD and key[:1] != "_"}
-            digest.update(json.dumps(about, sort_keys=True, default=str).encode())
-            break
-    if lora := lora_of(model):
-        digest.update(f"lora {lora.r} {lora.lora_alpha}".encode())
-    for name, value in model.state_dict().items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return kept(accelerator, root, key, lambda: policy.logps(rows), save, load)
 
 
 def _rows_hash(rows: Sequence[TokenRow]) -> str:
@@ -86,7 +62,7 @@ def _rows_hash(rows: Sequence[TokenRow]) -> str:
     return digest.hexdigest()
 
 
-def _key(kind: str, *parts: object) -> str:
+def key_of(kind: str, *parts: object) -> str:
     """A directory's name: what is in it, and a hash of all that it depends on."""
     versions = (__version__, torch.__version__, transformers.__version__)
     return f"{kind}-{hashlib.sha256(json.dumps([versions, *parts], default=str).encode()).hexdigest()[:20]}"
@@ -130,19 +106,19 @@ def tokens_key(encoder: Encoder, examples: Sequence[Example]) -> str:
     tokenizer = encoder.tokenizer
     about = tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map  # type: ignore[attr-defined]
     settings = encoder.chat_template, encoder.condition, type(tokenizer).__name__, tokenizers.__version__
-    return _key("tokens", about, settings, digest.hexdigest())
+    return key_of("tokens", about, settings, digest.hexdigest())
 
 
-def fitted(
+def kept(
     accelerator: Accelerator | None,
     root: str | None,
     key: Callable[[], str],
-    own: Path | None,
-    fit: Callable[[], None],
-    save: Callable[[Path], None],
-    load: Callable[[Path], None],
-) -> None:
-    """A stage's result: from the run's `own` directory, else from root/key, else fitted anew and left in both.
+    fit: Callable[[], T],
+    save: Callable[[T, Path], None],
+    load: Callable[[Path], T],
+    own: Path | None = None,
+) -> T:
+    """A stage's result: loaded from the run's `own` directory or from root/key, else fitted anew and left in both.
 
     `save` writes a whole directory or none. The run gets links to the cache's files, so it stays whole if the cache
     goes.
@@ -151,21 +127,21 @@ def fitted(
         return load(own)
     main = accelerator is None or accelerator.is_main_process
     if root is None:
-        fit()
+        result = fit()
         if own is not None and main:
-            save(own)
-        return None
+            save(result, own)
+        return result
     path = Path(root).expanduser() / key()
     with _held(path.parent, path.name) if main else nullcontext():
         if path.is_dir() if accelerator is None else agree(accelerator, path.is_dir):
-            load(path)
+            result = load(path)
         else:
-            fit()
+            result = fit()
             if main:
-                save(path)
+                save(result, path)
     if own is not None and main:
         _link(path, own)
-    return None
+    return result
 
 
 def _link(source: Path, target: Path) -> None:

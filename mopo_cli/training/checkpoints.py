@@ -6,20 +6,18 @@ import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from accelerate import Accelerator
 
 from mopo_cli.base.files import read_json, write_json
 from mopo_cli.config.schema import TrainConfig
+from mopo_cli.models.policy import Snapshot
 from mopo_cli.models.preference import PreferenceModel
-from mopo_cli.models.reference import Snapshot
 from mopo_cli.runs.directory import RunDirectory
 from mopo_cli.runs.tracking import Tracker
+from mopo_cli.training.inputs import Inputs
 from mopo_cli.training.loop import Progressed, Task, Trainer
-
-if TYPE_CHECKING:
-    from mopo_cli.training.inputs import Inputs
 
 
 @dataclass(frozen=True, slots=True)

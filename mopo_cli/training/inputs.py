@@ -1,113 +1,101 @@
-"""What a run works on: data, encoded rows, an untrained policy and the method, checked before anything is written."""
+"""What a run works on: data, encoded rows and an untrained policy, checked before anything is written."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
-from mopo_cli.algorithms.contract import Method, build_method
 from mopo_cli.base.console import say, stage, warn
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.types import Example, PreferenceData
 from mopo_cli.config.schema import TrainConfig
-from mopo_cli.data.batches import Collator
-from mopo_cli.data.encoder import Encoder
 from mopo_cli.data.prepare import as_text, load
 from mopo_cli.data.table import TokenTable
-from mopo_cli.models.attention import attend_by_rows
-from mopo_cli.models.load import load_policy
-from mopo_cli.models.logprobs import can_pack
+from mopo_cli.models.policy import Policy
 from mopo_cli.models.tokenizers import load_tokenizer
-from mopo_cli.runs.directory import RunDirectory
 from mopo_cli.training import cache
 
-LONG = 128  # tokens of a row, on average, from which attention to each apart beats padding; not on a GPU
 TEXT = 5_000_000  # characters, at most, that a tokenizer is trained on
+SPLITS = ("train", "heldout", "test")
 
 
 @dataclass
 class Inputs:
-    """Data and untrained models, checked before anything is written."""
+    """Data and the policy, with the token rows and examples of each split that fit the policy's context."""
 
     data: PreferenceData
-    tokenizer: PreTrainedTokenizerBase
-    encoder: Encoder
-    policy: nn.Module
-    collate: Collator
+    policy: Policy
     tokens: dict[str, TokenTable]
     examples: dict[str, list[Example]]
-    method: Method
 
 
-def prepare_inputs(config: TrainConfig, run: RunDirectory | None = None) -> Inputs:
-    """Data and an untrained policy; with the tokenizer of a finished run, where there is one, else a new one."""
+def prepare_inputs(config: TrainConfig, longest_condition: str = "") -> Inputs:
+    """Data, policy and encoded rows, with room for the longest condition that the policy will be told.
+
+    Raises UserError where they do not fit each other.
+    """
     with stage("data and model", 1) as progress:
         data = load(config.dataset, config.objectives)
-        if run is None:
-            tokenizer = load_tokenizer(config.model, texts_of(data.train))
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(run.model)
-        policy = load_policy(config.model, tokenizer, config.seed)
-        method = build_method(config, data.names, data.thresholds)
-        encoder = Encoder(tokenizer, config.model.max_length, config.model.chat_template)
-        encoder.room = encoder.condition_tokens(method.longest_condition)
-        encoded = {name: _encoded(config, encoder, getattr(data, name)) for name in ("train", "heldout", "test")}
+        tokenizer = load_tokenizer(config.model, texts_of(data.train))
+        policy = Policy.load(config.model, tokenizer, config.seed, config.token_budget)
+        inputs = encode(config, data, policy, longest_condition)
         progress.advance(1)
-    for note in (data.provenance.get(name) for name in ("sample", "test_sample")):
-        if note:
+    _say_notes(config, inputs)
+    _check_sizes(config, inputs)
+    return inputs
+
+
+def encode(config: TrainConfig, data: PreferenceData, policy: Policy, longest_condition: str) -> Inputs:
+    """The rows of each split that fit the context, in the layout that suits them."""
+    policy.encoder.room = policy.encoder.condition_tokens(longest_condition)
+    overlong = str(config.dataset.get("overlong") or "error")
+    tokens, examples = {}, {}
+    for split in SPLITS:
+        of_split = getattr(data, split)
+        table = cache.encoded(config.cache, policy.encoder, of_split)
+        tokens[split], examples[split] = policy.encoder.fitting(table, of_split, overlong)
+    if len(tokens["train"]) and not config.model.compile:
+        policy.attend_apart(tokens["train"])
+    return Inputs(data, policy, tokens, examples)
+
+
+def _say_notes(config: TrainConfig, inputs: Inputs) -> None:
+    """What a user should know of data and model before hours are spent on them."""
+    for key in ("sample", "test_sample"):
+        if note := inputs.data.provenance.get(key):
             say(f"data: {note}")
-    for name, (rows, _) in encoded.items():
-        if not rows:
-            raise UserError(
-                f"no {name} row fits the context of {config.model.max_length} tokens; raise model.max_length"
-            )
     if config.model.init == "pretrained" and not config.model.lora.r and config.optimiser.learning_rate > 1e-4:
         warn(
             f"optimiser.learning_rate={config.optimiser.learning_rate:g} suits a small model from scratch; full "
             "fine-tuning of a pretrained one wants about 1e-5: use hparams=pretrained"
         )
-    packed = can_pack(policy, config.model.max_length)
-    if not packed:
+    if not inputs.policy.collate.packed:
         name = config.model.name or config.model.path
         say(f"{name}: its attention takes no packed mask; each response is encoded behind a prompt of its own")
-    check_budget(config.token_budget, encoded)
-    rows = encoded["train"][0]
-    long = int(rows.lengths.sum()) > LONG * len(rows)
-    on_cpu = not torch.cuda.is_available()
-    apart = packed and long and on_cpu and not config.model.compile and attend_by_rows(policy)
-    return Inputs(
-        data,
-        tokenizer,
-        encoder,
-        policy,
-        Collator(int(tokenizer.pad_token_id), packed, apart, config.token_budget),  # type: ignore[arg-type]
-        {name: rows for name, (rows, _) in encoded.items()},
-        {name: examples for name, (_, examples) in encoded.items()},
-        method,
-    )
 
 
-def check_budget(budget: int | None, encoded: dict[str, tuple[TokenTable, list[Example]]]) -> None:
-    """UserError where a row alone is above the token budget; it names the longest."""
-    for rows, examples in encoded.values():
-        longest = int(rows.lengths.argmax())
-        size = int(rows.lengths[longest])
-        if budget is not None and size > budget:
-            row = rows[longest]
+def _check_sizes(config: TrainConfig, inputs: Inputs) -> None:
+    """UserError where a split is left without rows, or where a row alone is above the token budget."""
+    for split, rows in inputs.tokens.items():
+        if not rows:
             raise UserError(
-                f"token_budget={budget}: {examples[longest].source} alone has {size} tokens (a prompt of "
-                f"{len(row.prompt)} with {len(row.responses)} responses of {size - len(row.prompt)}); give {size} or "
-                "more, or leave long rows out by a smaller model.max_length with dataset.overlong=drop"
+                f"no {split} row fits the context of {config.model.max_length} tokens; raise model.max_length"
             )
+    for split, rows in inputs.tokens.items():
+        check_budget(config.token_budget, rows, inputs.examples[split])
 
 
-def _encoded(config: TrainConfig, encoder: Encoder, examples: Sequence[Example]) -> tuple[TokenTable, list[Example]]:
-    overlong = str(config.dataset.get("overlong") or "error")
-    return encoder.fitting(cache.encoded(config.cache, encoder, examples), examples, overlong)
+def check_budget(budget: int | None, rows: TokenTable, examples: Sequence[Example]) -> None:
+    """UserError where a row alone is above the token budget; it names the longest."""
+    longest = int(rows.lengths.argmax())
+    size = int(rows.lengths[longest])
+    if budget is not None and size > budget:
+        row = rows[longest]
+        raise UserError(
+            f"token_budget={budget}: {examples[longest].source} alone has {size} tokens (a prompt of "
+            f"{len(row.prompt)} with {len(row.responses)} responses of {size - len(row.prompt)}); give {size} or "
+            "more, or leave long rows out by a smaller model.max_length with dataset.overlong=drop"
+        )
 
 
 def texts_of(examples: Sequence[Example]) -> Iterator[str]:

@@ -1,11 +1,11 @@
-"""The two stages before alignment: the reference model by SFT on the data's responses, and the preference model."""
+"""The preference model's stage: labelled pairs, their loss, the fit, and what an earlier fit has left."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,22 +16,38 @@ from torch import Tensor, nn
 from mopo_cli.base.console import Stage, say, stage
 from mopo_cli.base.types import Example
 from mopo_cli.config.schema import PreferenceModelConfig, TrainConfig
-from mopo_cli.data.batches import Collator, batch_rows
+from mopo_cli.data.batches import Collator, TokenBatch, batch_rows
 from mopo_cli.data.table import TokenRow, row_length
-from mopo_cli.models.logprobs import budget_batches
+from mopo_cli.models.logprobs import budget_batches, gather_slots
 from mopo_cli.models.preference import (
-    PairBatch,
     PreferenceModel,
     build_preference_model,
     load_preference_model,
     save_preference_model,
 )
-from mopo_cli.training import cache, keys
+from mopo_cli.training import keys
+from mopo_cli.training.cache import kept
 from mopo_cli.training.inputs import Inputs
 from mopo_cli.training.loop import Progressed, Task, Trainer
 from mopo_cli.training.reference import limited_steps
 
 JUDGED = 1000  # held-out rows that decide when a preference model is at its best
+
+
+@dataclass(frozen=True, slots=True)
+class PairBatch:
+    """Labelled pairs of a token batch: index (P, 3) row, a, b; labels (P, K), NaN where missing."""
+
+    tokens: TokenBatch
+    index: Tensor
+    labels: Tensor
+
+
+def pair_logits(model: PreferenceModel, batch: PairBatch) -> Tensor:
+    """(P, K) logits of the first response of each pair over the second."""
+    features = gather_slots(model(batch.tokens), batch.tokens.slot)
+    row, a, b = batch.index.unbind(-1)
+    return model.logits(features[row, a], features[row, b])
 
 
 def pair_batch(
@@ -57,7 +73,7 @@ def heldout_logits(
     logits, labels = [], []
     for numbers in budget_batches(rows, collate, device):
         batch = pair_batch([examples[i] for i in numbers], [rows[i] for i in numbers], collate, device)
-        logits.append(model.pair_logits(batch).cpu())
+        logits.append(pair_logits(model, batch).cpu())
         labels.append(batch.labels.cpu())
     model.train()
     return torch.cat(logits), torch.cat(labels)
@@ -92,7 +108,7 @@ def labelled_task(
 
     def loss_of(numbers: list[int]) -> Tensor:
         batch = pair_batch([examples[i] for i in numbers], [rows[i] for i in numbers], collate, accelerator.device)
-        losses, _ = preference_loss(model.pair_logits(batch), batch.labels)
+        losses, _ = preference_loss(pair_logits(model, batch), batch.labels)
         return losses.sum()
 
     def known(numbers: list[int]) -> int:
@@ -156,29 +172,28 @@ def fit_or_load_judge(
     config: TrainConfig, accelerator: Accelerator, inputs: Inputs, own: Path | None = None
 ) -> tuple[PreferenceModel, list[float]]:
     """The preference model and its held-out accuracy of each objective, fitted or left by an earlier fit (cache.py)."""
-    names = inputs.data.names
+    names, policy = inputs.data.names, inputs.policy
     steps = limited_steps(config.preference_model, len(inputs.tokens["train"]))
     settings = replace(config.preference_model, steps=steps)
-    found: list[tuple[PreferenceModel, list[float]]] = []
 
-    def fit() -> None:
-        judge = build_preference_model(inputs.policy, len(names), settings.form, settings.skew_rank, config.seed)
+    def fit() -> tuple[PreferenceModel, list[float]]:
+        judge = build_preference_model(policy.model, len(names), settings.form, settings.skew_rank, config.seed)
         train, heldout = ((inputs.examples[s], inputs.tokens[s]) for s in ("train", "heldout"))
         with stage("preference model", settings.steps) as progress:
-            accuracy = fit_preference_model(
-                accelerator, judge, train, heldout, inputs.collate, settings, config.seed, progress
+            return judge, fit_preference_model(
+                accelerator, judge, train, heldout, policy.collate, settings, config.seed, progress
             )
-        found.append((judge, accuracy))
 
-    def save(path: Path) -> None:
-        save_preference_model(found[0][0], path, names, found[0][1])
+    def save(fitted: tuple[PreferenceModel, list[float]], path: Path) -> None:
+        judge, accuracies = fitted
+        save_preference_model(judge, path, names, accuracies)
 
-    def load(path: Path) -> None:
-        found.append(load_preference_model(path, inputs.policy))
+    def load(path: Path) -> tuple[PreferenceModel, list[float]]:
+        fitted = load_preference_model(path, policy.model)
         say(f"preference model: from {path}")
+        return fitted
 
-    cache.fitted(accelerator, config.cache, partial(keys.judge_key, config, inputs), own, fit, save, load)
-    judge, accuracy = found[0]
-    text = ", ".join(f"{name} {value:.1%}" for name, value in zip(names, accuracy, strict=True))
+    judge, accuracies = kept(accelerator, config.cache, partial(keys.judge_key, config, inputs), fit, save, load, own)
+    text = ", ".join(f"{name} {value:.1%}" for name, value in zip(names, accuracies, strict=True))
     say(f"held-out accuracy of the preference model: {text}")
-    return judge, accuracy
+    return judge, accuracies

@@ -9,41 +9,39 @@ from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from mopo_cli.base.console import Stage, say, stage
 from mopo_cli.config.schema import PreferenceModelConfig, SftConfig, TrainConfig
-from mopo_cli.data.batches import Collator, batch_rows
+from mopo_cli.data.batches import batch_rows
 from mopo_cli.data.table import TokenRow, row_length
 from mopo_cli.models.logprobs import sequence_logps
-from mopo_cli.models.save import load_weights, save_model
-from mopo_cli.training import cache, keys
+from mopo_cli.models.policy import Policy
+from mopo_cli.training import keys
+from mopo_cli.training.cache import kept
 from mopo_cli.training.inputs import Inputs
 from mopo_cli.training.loop import Progressed, Task, Trainer
 
 
-# --------------------------------------------------------------------------------------------- stages
 def fit_or_load_reference(
     config: TrainConfig, accelerator: Accelerator, inputs: Inputs, own: Path | None = None
 ) -> None:
     """SFT of inputs.policy on the data's responses, or what an earlier attempt or another run has left (cache.py)."""
     if not config.sft.steps:
         return
-    rows = inputs.tokens["train"]
+    policy, rows = inputs.policy, inputs.tokens["train"]
     settings = replace(config.sft, steps=limited_steps(config.sft, len(rows)))
 
     def fit() -> None:
         with stage("reference (SFT)", settings.steps) as progress:
-            fit_reference(accelerator, inputs.policy, rows, inputs.collate, settings, config.seed, progress)
-
-    def save(path: Path) -> None:
-        save_model(inputs.policy, inputs.tokenizer, path)
+            fit_reference(accelerator, policy, rows, settings, config.seed, progress)
 
     def load(path: Path) -> None:
-        load_weights(inputs.policy, path)
+        policy.load_weights(path)
         say(f"reference (SFT): from {path}")
 
-    cache.fitted(accelerator, config.cache, partial(keys.reference_key, config, inputs), own, fit, save, load)
+    key = partial(keys.reference_key, config, inputs)
+    kept(accelerator, config.cache, key, fit, lambda _, path: policy.save(path), load, own)
 
 
 def limited_steps(settings: SftConfig | PreferenceModelConfig, rows: int) -> int:
@@ -53,9 +51,8 @@ def limited_steps(settings: SftConfig | PreferenceModelConfig, rows: int) -> int
 
 def fit_reference(
     accelerator: Accelerator,
-    policy: nn.Module,
+    policy: Policy,
     rows: Sequence[TokenRow],
-    collate: Collator,
     config: SftConfig,
     seed: int,
     stage: Stage,
@@ -64,12 +61,12 @@ def fit_reference(
 
     The loss is a mean over tokens of the batch, so each response weighs as in log mu(y|x), not by its length.
     """
-    trainer = Trainer(accelerator, policy, config.optimiser, config.steps, budget=collate.budget)
+    trainer = Trainer(accelerator, policy.model, config.optimiser, config.steps, budget=policy.collate.budget)
     size = config.batch_size * accelerator.num_processes
     last = math.nan
 
     def loss_of(numbers: list[int]) -> Tensor:
-        batch = collate([rows[i] for i in numbers]).to(accelerator.device)
+        batch = policy.collate([rows[i] for i in numbers]).to(accelerator.device)
         return -sequence_logps(trainer.model, batch).sum()
 
     task = Task(

@@ -15,8 +15,8 @@ from mopo_cli.base.console import stage as shown_stage
 from mopo_cli.base.files import read_json, whole, write_json
 from mopo_cli.config.schema import OptimiserConfig
 from mopo_cli.data.batches import batch_rows
-from mopo_cli.models.save import load_weights, save_model
-from mopo_cli.training import cache, keys
+from mopo_cli.training import keys
+from mopo_cli.training.cache import kept
 from mopo_cli.training.checkpoints import Setting, Stage, Work, _restored, _save
 from mopo_cli.training.loop import Progressed, Task, Trainer
 
@@ -124,7 +124,7 @@ def descend(
     config = setting.config
     trainer = Trainer(
         setting.accelerator,
-        setting.inputs.policy,
+        setting.inputs.policy.model,
         optimiser or config.optimiser,
         steps,
         config.gradient_accumulation,
@@ -138,47 +138,43 @@ def descend(
 def kept_policy(
     setting: Setting, name: str, about: Sequence[object], work: Work, fit: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
-    """Leaves in setting.inputs.policy what `fit` makes of the policy as it is; returns what `fit` found on the way.
+    """Leaves in setting.inputs.policy what `fit` makes of the policy as it is; returns what `fit` learnt on the way.
 
     The result is kept in the run's stages/NAME, and in the cache for every run with the same policy, preference model,
     data and settings: `about` names all settings that `fit` depends on besides. `fit` adds what it costs to `work`.
-    Its findings must be JSON.
+    What it returns must be JSON.
     """
-    config, inputs, accelerator = setting.config, setting.inputs, setting.accelerator
+    config, policy, accelerator = setting.config, setting.inputs.policy, setting.accelerator
     own = setting.run.path / "stages" / name
     before = Work(work.steps, samples=work.samples)
-    found: dict[str, Any] = {}
+    reused = False
 
     def key() -> str:
-        return keys.policy_key(config, inputs, setting.judge, name, about)
+        return keys.policy_key(config, setting.inputs, setting.judge, name, about)
 
-    def do() -> None:
-        found.update(fit())
-
-    def save(path: Path) -> None:
+    def save(result: dict[str, Any], path: Path) -> None:
         with whole(path) as place:
-            save_model(inputs.policy, inputs.tokenizer, place / "model")
+            policy.save(place / "model")
             cost = {"steps": work.steps - before.steps, "samples": work.samples - before.samples}
-            write_json(place / "stage.json", {**cost, "found": found})
+            write_json(place / "stage.json", {**cost, "found": result})
 
-    def load(path: Path) -> None:
+    def load(path: Path) -> dict[str, Any]:
         nonlocal reused
-        load_weights(inputs.policy, path / "model")
+        policy.load_weights(path / "model")
         record = read_json(path / "stage.json")
-        found.update(record["found"])
         work.steps, work.samples = work.steps + record["steps"], work.samples + record["samples"]
         reused = path != own or (own / "reused").exists()
         if reused:
             work.reused_steps += record["steps"]
             work.reused_samples += record["samples"]
             say(f"{name}: from {path}")
+        return record["found"]
 
-    reused = False
     own.parent.mkdir(parents=True, exist_ok=True)
-    cache.fitted(accelerator, config.cache, key, own, do, save, load)
+    result = kept(accelerator, config.cache, key, fit, save, load, own)
     if reused and accelerator.is_main_process:
         (own / "reused").touch()  # a run that goes on from here has not paid for it either
-    return found
+    return result
 
 
 def rows_a_step(setting: Setting) -> int:

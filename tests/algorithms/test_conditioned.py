@@ -25,7 +25,7 @@ from mopo_cli.algorithms.conditioned.lessons import (
     standardised,
 )
 from mopo_cli.algorithms.conditioned.ric import Ric, online_targets, outer_scores, outstanding
-from mopo_cli.algorithms.contract import build_method
+from mopo_cli.algorithms.contract import build_method, method_of
 from mopo_cli.base.console import stage
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.processes import build_accelerator
@@ -33,8 +33,6 @@ from mopo_cli.config import compose
 from mopo_cli.config.schema import TrainConfig
 from mopo_cli.data.directions import MAPS, Directions, directions_of, parsed, shares, spelled
 from mopo_cli.data.table import TokenRow
-from mopo_cli.models.logprobs import all_logps
-from mopo_cli.models.reference import put, snapshot
 from mopo_cli.runs.directory import RunDirectory
 from mopo_cli.runs.tracking import Tracker
 from mopo_cli.training.checkpoints import Setting, Work
@@ -267,16 +265,16 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     """An untrained policy on little data, without a judge."""
     config = composed("dataset.max_rows=100", "algorithm=ric", "cache=null")
     accelerator = build_accelerator()
-    inputs = prepare_inputs(config)
+    inputs = prepare_inputs(config, method_of(config).longest_condition)
     run = RunDirectory(tmp_path_factory.mktemp("small"))
     tracker = Tracker(run, config.logger, {}, "small", active=False)
-    return Setting(config, accelerator, inputs, None, snapshot(inputs.policy), run, tracker)  # type: ignore[arg-type]
+    return Setting(config, accelerator, inputs, None, inputs.policy.snapshot(), run, tracker)  # type: ignore[arg-type]
 
 
 @pytest.fixture
 def setting(small: Setting) -> Setting:
     """`small` with the policy as it was."""
-    put(small.inputs.policy, small.initial)
+    small.inputs.policy.put(small.initial)
     return small
 
 
@@ -287,7 +285,7 @@ def learn(setting: Setting, lessons: Lessons, steps: int, batch_size: int) -> No
 
 class TestLearning:
     def test_prompts_are_encoded_together_as_they_are_alone(self, setting: Setting):
-        encoder, examples = setting.inputs.encoder, setting.inputs.examples["train"][:3]
+        encoder, examples = setting.inputs.policy.encoder, setting.inputs.examples["train"][:3]
         asked = [(example, told) for example in examples for told in ("", "helpful 80 harmless 60")]
         alone = [encoder.conditioned(told).prompt_ids(e.prompt, e.responses[0]) for e, told in asked]
         assert encoder.conditioned_prompts(asked) == alone
@@ -303,31 +301,30 @@ class TestLearning:
             3,
             config.sft.batch_size,
         )
-        ours = snapshot(inputs.policy)
-        put(inputs.policy, setting.initial)
+        ours = inputs.policy.snapshot()
+        inputs.policy.put(setting.initial)
         with stage("test", 3) as shown:
             fit_reference(
                 setting.accelerator,
                 inputs.policy,
                 rows,
-                inputs.collate,
                 replace(config.sft, steps=3),
                 config.seed,
                 shown,
             )
-        for name, value in snapshot(inputs.policy).items():
+        for name, value in inputs.policy.snapshot().items():
             assert torch.allclose(value, ours[name], atol=2e-5), name
 
     def test_the_policy_says_what_it_is_told(self, setting: Setting):
         inputs = setting.inputs
         examples = inputs.examples["train"]
         answers = {
-            told: inputs.encoder.response_ids(said) for told, said in (("helpful", "Sure!"), ("harmless", "No."))
+            told: inputs.policy.encoder.response_ids(said) for told, said in (("helpful", "Sure!"), ("harmless", "No."))
         }
         learn(setting, listed([[Lesson(i, told, r) for told, r in answers.items()] for i in range(40)]), 80, 8)
-        prompts = inputs.encoder.conditioned_prompts([(examples[60], told) for told in answers])
+        prompts = inputs.policy.encoder.conditioned_prompts([(examples[60], told) for told in answers])
         rows = [TokenRow(prompt, list(answers.values())) for prompt in prompts]
-        helpful, harmless = all_logps(inputs.policy, rows, inputs.collate)
+        helpful, harmless = inputs.policy.logps(rows)
         assert helpful[0] > helpful[1] + 1.0
         assert harmless[1] > harmless[0] + 1.0
 

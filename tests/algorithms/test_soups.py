@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from policies import asking
 from running import TINY, Finished, cache_of, read_json, results, stop_when
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -21,10 +22,8 @@ from mopo_cli.base.errors import UserError
 from mopo_cli.config.schema import LoraConfig, TokenizerConfig
 from mopo_cli.models.load import add_lora
 from mopo_cli.models.parts import lora_of
-from mopo_cli.models.reference import Snapshot, loaded, put, snapshot
-from mopo_cli.models.save import load_weights, save_model
+from mopo_cli.models.policy import Snapshot, digest_of
 from mopo_cli.models.tokenizers import train_tokenizer
-from mopo_cli.training.cache import weights_hash
 
 Run = Callable[..., Finished]
 NAMES = ("helpful", "harmless", "concise")
@@ -48,7 +47,10 @@ def policies(model: nn.Module, count: int) -> list[Snapshot]:
     for seed in range(count):
         generator = torch.Generator().manual_seed(seed)
         found.append(
-            {name: 0.3 * torch.randn(value.shape, generator=generator) for name, value in snapshot(model).items()}
+            {
+                name: 0.3 * torch.randn(value.shape, generator=generator)
+                for name, value in asking(model).snapshot().items()
+            }
         )
     return found
 
@@ -69,20 +71,20 @@ class TestCooking:
         """Whether it is the only one, or the others have weight 0."""
         model = tiny(lora=lora)
         given = policies(model, 2)
-        put(model, given[1])
+        asking(model).put(given[1])
         wanted = logits(model)
-        cook(model, given[1:], [1.0], merge)
+        cook(asking(model), given[1:], [1.0], merge)
         assert torch.equal(logits(model), wanted)
-        cook(model, given, [0.0, 1.0], merge)
+        cook(asking(model), given, [0.0, 1.0], merge)
         torch.testing.assert_close(logits(model), wanted, rtol=1e-5, atol=1e-6)
 
     @pytest.mark.parametrize(("lora", "merge"), KINDS)
     def test_equal_policies_make_no_difference(self, lora: LoraConfig | None, merge: str):
         model = tiny(lora=lora)
         given = policies(model, 1) * 3
-        put(model, given[0])
+        asking(model).put(given[0])
         wanted = logits(model)
-        cook(model, given, [0.2, 0.3, 0.5], merge)
+        cook(asking(model), given, [0.2, 0.3, 0.5], merge)
         torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-5)
 
     def test_a_linear_model_interpolates_exactly(self):
@@ -90,7 +92,7 @@ class TestCooking:
         given = [{name: value.double() for name, value in policy.items()} for policy in policies(model, 3)]
 
         def answers(policy: Snapshot) -> Tensor:
-            with loaded(model, policy):
+            with asking(model).swapped(policy):
                 return model(x).detach()
 
         mixed = sum(w * answers(policy) for w, policy in zip(weights, given, strict=True))
@@ -111,7 +113,7 @@ class TestCooking:
         scale, cooked = 6.0 / 3, {}
         for merge in MERGES:
             model = copy.deepcopy(base)
-            cook(model, given, w, merge)
+            cook(asking(model), given, w, merge)
             layer = model.get_submodule(name[: name.index(".lora_A")])
             cooked[merge] = layer.get_delta_weight("default").detach()
         average = sum(share * b @ a for share, a, b in zip(w, first, second, strict=True)) * scale
@@ -124,62 +126,65 @@ class TestCooking:
         given, merged = policies(base, 2), []
         for policy in given:
             model = copy.deepcopy(base)
-            put(model, policy)
+            asking(model).put(policy)
             merged.append(dict(model.merge_and_unload().state_dict()))
         plain = tiny()
         plain.load_state_dict({name: w[0] * merged[0][name] + w[1] * merged[1][name] for name in merged[0]})
-        cook(base, given, w, "products")
+        cook(asking(base), given, w, "products")
         torch.testing.assert_close(logits(base), logits(plain), rtol=1e-4, atol=1e-5)
 
     def test_a_soup_of_products_is_saved_and_loads(self, tmp_path: Path):
         """With PEFT, and into a policy of the first rank, whose reference still works; the other way round, too."""
         base = tiny(lora=LORA)
-        start, given = snapshot(base), policies(base, 2)
+        start, given = asking(base).snapshot(), policies(base, 2)
         before = logits(base)
-        save_model(base, tokenizer(), tmp_path / "reference")
-        cook(base, given, [0.3, 0.7], "products")
+        asking(base, tokenizer()).save(tmp_path / "reference")
+        cook(asking(base), given, [0.3, 0.7], "products")
         wanted = logits(base)
-        with loaded(base, start):
+        with asking(base).swapped(start):
             assert torch.equal(logits(base), before)
         assert torch.equal(logits(base), wanted)
-        save_model(base, tokenizer(), tmp_path / "model")
+        asking(base, tokenizer()).save(tmp_path / "model")
         torch.testing.assert_close(logits(PeftModel.from_pretrained(tiny(), tmp_path / "model")), wanted)
         other = tiny(lora=LORA)
-        load_weights(other, tmp_path / "model")
+        asking(other).load_weights(tmp_path / "model")
         torch.testing.assert_close(logits(other), wanted)
         config = lora_of(other)
         assert config is not None
         assert (config.r, config.lora_alpha) == (6, 12)
         assert all(p.requires_grad == ("lora_" in name) for name, p in other.named_parameters())
-        load_weights(other, tmp_path / "reference")
+        asking(other).load_weights(tmp_path / "reference")
         torch.testing.assert_close(logits(other), before)
 
 
 def test_the_cache_tells_adapters_of_another_scale_apart():
     """Weights that are the same make another policy where LoRA's alpha is another."""
     first, same, other = (tiny(lora=LoraConfig(r=3, alpha=alpha)) for alpha in (6.0, 6.0, 9.0))
-    assert weights_hash(first) == weights_hash(same) != weights_hash(other)
+    assert digest_of(first) == digest_of(same) != digest_of(other)
 
 
 class TestIncompatible:
     def saved(self, directory: Path, model: Any, word: str = "words") -> Path:
-        save_model(model, tokenizer(word), directory)
+        asking(model, tokenizer(word)).save(directory)
         return directory
 
     def test_what_differs(self, tmp_path: Path):
         model, adapted = tiny(), tiny(lora=LORA)
+        plain, with_lora = asking(model, tokenizer()), asking(adapted, tokenizer())
         same, lora = self.saved(tmp_path / "same", tiny()), self.saved(tmp_path / "lora", adapted)
         wide = self.saved(tmp_path / "wide", tiny(hidden=24))
-        assert differences(model, tokenizer(), same) == ""
-        assert differences(adapted, tokenizer(), lora) == ""
-        assert differences(model, tokenizer(), wide) == "lm_head.weight is (304, 24) there, (304, 16) here"
-        assert "it has a LoRA adapter, the run trains all its weights" in differences(model, tokenizer(), lora)
-        assert "it has all its weights, the run trains a LoRA adapter" in differences(adapted, tokenizer(), same)
-        assert "its tokenizer has another vocabulary" in differences(model, tokenizer("animals"), same)
+        assert differences(plain, same) == ""
+        assert differences(with_lora, lora) == ""
+        assert differences(plain, wide) == "lm_head.weight is (304, 24) there, (304, 16) here"
+        assert "it has a LoRA adapter, the run trains all its weights" in differences(plain, lora)
+        assert "it has all its weights, the run trains a LoRA adapter" in differences(with_lora, same)
+        assert "its tokenizer has another vocabulary" in differences(asking(model, tokenizer("animals")), same)
         other = tiny(lora=LoraConfig(r=3, alpha=9.0))
-        assert "its LoRA has r=3 and alpha=6, the run's r=3 and alpha=9" in differences(other, tokenizer(), lora)
+        assert "its LoRA has r=3 and alpha=6, the run's r=3 and alpha=9" in differences(
+            asking(other, tokenizer()), lora
+        )
         (same / "model.safetensors").write_bytes(b"torn")
-        assert "it cannot be loaded" in differences(model, tokenizer(), same)
+        assert "it cannot be loaded" in differences(plain, same)
 
     @pytest.mark.parametrize(
         ("bad", "message"),
@@ -236,7 +241,7 @@ class TestRuns:
             assert torch.equal(value, experts[1][name])
             torch.testing.assert_close(weights[0][name], 0.25 * experts[0][name] + 0.75 * experts[1][name])
 
-        save_model(tiny(), AutoTokenizer.from_pretrained(here / "one" / "model"), here / "other")
+        asking(tiny(), AutoTokenizer.from_pretrained(here / "one" / "model")).save(here / "other")
         done = run_here("train", *settings, both, "algorithm.experts={helpful: other}", "run.dir=refused")
         assert done.status == 2
         assert "algorithm.experts.helpful: other cannot be part of this soup" in done.err

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from policies import asking
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -27,7 +28,6 @@ from mopo_cli.models import hub as models_hub
 from mopo_cli.models import load
 from mopo_cli.models.load import load_policy
 from mopo_cli.models.logprobs import all_logps, can_pack, response_logps
-from mopo_cli.models.reference import loaded, reference_logps, snapshot
 from mopo_cli.models.tokenizers import load_tokenizer, train_tokenizer
 
 torch.set_num_threads(1)  # threads only get in each other's way on tiny models
@@ -442,9 +442,9 @@ def logps(policy: nn.Module) -> torch.Tensor:
 
 def test_adapters_come_from_the_seed_alone(hub):
     torch.manual_seed(1)
-    first = snapshot(policy_of(hub, r=4))
+    first = asking(policy_of(hub, r=4)).snapshot()
     torch.manual_seed(2)
-    again = snapshot(policy_of(hub, r=4))
+    again = asking(policy_of(hub, r=4)).snapshot()
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
@@ -476,38 +476,38 @@ def test_gradients_reach_adapters_through_checkpointed_layers(hub):
 def test_the_snapshot_is_the_policy_as_it_was(hub, lora):
     policy = policy_of(hub, **lora)
     shake(policy, 1)
-    then, weights = logps(policy), snapshot(policy)
+    then, weights = logps(policy), asking(policy).snapshot()
     assert set(weights) == {name for name, p in policy.named_parameters() if p.requires_grad}
     shake(policy, 2)
     now = logps(policy)
     assert not torch.allclose(then, now, atol=0.1)
-    torch.testing.assert_close(torch.cat(reference_logps(policy, weights, ROWS, COLLATE)), then)
+    torch.testing.assert_close(torch.cat(asking(policy).logps_under(weights, ROWS)), then)
     assert torch.equal(logps(policy), now)
-    with loaded(policy, weights):
+    with asking(policy).swapped(weights):
         torch.testing.assert_close(logps(policy), then)
     assert torch.equal(logps(policy), now)
 
 
 def test_the_policy_comes_back_after_a_failure(hub):
     policy = policy_of(hub, r=4)
-    weights = snapshot(policy)
+    weights = asking(policy).snapshot()
     shake(policy, 3)
     now = logps(policy)
-    with pytest.raises(RuntimeError, match="boom"), loaded(policy, weights):
+    with pytest.raises(RuntimeError, match="boom"), asking(policy).swapped(weights):
         raise RuntimeError("boom")
     assert torch.equal(logps(policy), now)
 
 
 def test_training_goes_on_from_its_own_weights(hub):
     policy = policy_of(hub)
-    weights = snapshot(policy)
+    weights = asking(policy).snapshot()
     optimiser = torch.optim.SGD(policy.parameters(), lr=0.1)
     before = logps(policy)
-    reference_logps(policy, weights, ROWS, COLLATE)
+    asking(policy).logps_under(weights, ROWS)
     (-response_logps(policy, COLLATE(ROWS)).sum()).backward()
     optimiser.step()
     assert logps(policy).sum() > before.sum()
-    torch.testing.assert_close(torch.cat(reference_logps(policy, weights, ROWS, COLLATE)), before)
+    torch.testing.assert_close(torch.cat(asking(policy).logps_under(weights, ROWS)), before)
 
 
 def test_an_adapter_directory_is_merged_into_its_base(hub, tmp_path):

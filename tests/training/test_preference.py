@@ -23,7 +23,7 @@ from mopo_cli.models.preference import (
 )
 from mopo_cli.models.tokenizers import load_tokenizer
 from mopo_cli.training.inputs import texts_of
-from mopo_cli.training.preference import accuracy, fit_preference_model, pair_batch, preference_loss
+from mopo_cli.training.preference import accuracy, fit_preference_model, pair_batch, pair_logits, preference_loss
 
 TINY = ModelConfig(
     init="random",
@@ -64,7 +64,7 @@ def test_swapping_the_sides_of_a_pair_leaves_the_loss(world):
     data, policy, rows, collate, _ = world
     model = build_preference_model(policy, 2, "general", 2, seed=1)
     batch = pair_batch(data.train[:4], rows["train"][:4], collate, torch.device("cpu"))
-    logits = model.pair_logits(batch)
+    logits = pair_logits(model, batch)
     losses, _ = preference_loss(logits, batch.labels)
     swapped, _ = preference_loss(-logits, 1.0 - batch.labels)
     assert torch.allclose(losses, swapped, atol=1e-6)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from policies import asking
 from running import TINY, read_json
 from test_logprobs import ARCHITECTURES, PACKED, build, some_rows
 from torch import Tensor, nn
@@ -24,9 +25,9 @@ from mopo_cli.data.batches import Collator
 from mopo_cli.data.table import row_length
 from mopo_cli.models.load import load_policy
 from mopo_cli.models.logprobs import all_logps, response_logps, sequence_logps
+from mopo_cli.models.policy import Policy
 from mopo_cli.models.preference import build_preference_model, features_of
 from mopo_cli.models.tokenizers import load_tokenizer
-from mopo_cli.training import cache
 from mopo_cli.training.cache import kept_logps
 from mopo_cli.training.inputs import prepare_inputs
 from mopo_cli.training.loop import Task, Trainer
@@ -171,12 +172,12 @@ def test_a_step_reads_nothing_from_the_device():
 
 class TestKeptLogps:
     def kept(self, root: Path | None, model: nn.Module, rows: Sequence = ROWS) -> list[Tensor]:
-        return kept_logps(Accelerator(cpu=True), root and str(root), model, rows, PACKED)
+        return kept_logps(Accelerator(cpu=True), root and str(root), asking(model), rows)
 
     def test_a_second_run_reads_them(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         model = build(ARCHITECTURES["llama"])
         first = self.kept(tmp_path, model)
-        monkeypatch.setattr(cache, "all_logps", lambda *_: pytest.fail("computed again"))
+        monkeypatch.setattr(Policy, "logps", lambda *_: pytest.fail("computed again"))
         again = self.kept(tmp_path, model)
         assert [values.tolist() for values in again] == [values.tolist() for values in first]
 

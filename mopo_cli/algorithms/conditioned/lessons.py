@@ -77,7 +77,7 @@ def policy_settings(setting: Setting) -> list[object]:
     for split in ("train", "heldout"):
         for example in inputs.examples[split]:
             contexts.update(repr(example.context).encode("utf-8", "surrogatepass"))
-    lengths = config.model.max_length, inputs.encoder.longest_response, config.model.chat_template
+    lengths = config.model.max_length, inputs.policy.encoder.longest_response, config.model.chat_template
     return [computed, asdict(config.sampling), asdict(config.onpolicy), lengths, contexts.hexdigest()]
 
 
@@ -98,7 +98,7 @@ def data_values(setting: Setting) -> list[Tensor]:
     examples, rows = inputs.examples["train"], inputs.tokens["train"]
     texts = [[as_text(response) for response in example.responses] for example in examples]
     with shown_stage("values of the data", 1) as progress:
-        values = response_values(setting.judge, inputs.data.objectives, examples, rows, texts, inputs.collate)
+        values = response_values(setting.judge, inputs.data.objectives, examples, rows, texts, inputs.policy.collate)
         progress.advance(1)
     return values
 
@@ -143,8 +143,8 @@ def fit_lessons(setting: Setting, lessons: Lessons, work: Work, *, title: str, s
         return numbers
 
     def loss_of(numbers: list[int]) -> Tensor:
-        batch = inputs.collate([row for i in numbers for row in rows[i]]).to(setting.accelerator.device)
-        return -sequence_logps(inputs.policy, batch).sum()
+        batch = inputs.policy.collate([row for i in numbers for row in rows[i]]).to(setting.accelerator.device)
+        return -sequence_logps(inputs.policy.model, batch).sum()
 
     task = Task(
         rows_of=rows_of,
@@ -160,7 +160,7 @@ def _encoded(setting: Setting, items: dict[int, list[Lesson]]) -> dict[int, list
     """The token rows of each item's lessons."""
     examples = setting.inputs.examples["train"]
     flat = [lesson for lessons in items.values() for lesson in lessons]
-    prompts = setting.inputs.encoder.conditioned_prompts([(examples[one.row], one.condition) for one in flat])
+    prompts = setting.inputs.policy.encoder.conditioned_prompts([(examples[one.row], one.condition) for one in flat])
     rows = iter([TokenRow(prompt, [one.response]) for prompt, one in zip(prompts, flat, strict=True)])
     return {i: [next(rows) for _ in lessons] for i, lessons in items.items()}
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
-from torch import Tensor, nn
+from torch import Tensor
 
 from mopo_cli.algorithms.contract import Aligned
 from mopo_cli.algorithms.mopo.core import LogpBatch, Mopo, refresh_due
@@ -27,9 +27,9 @@ from mopo_cli.evaluation.diagnostics import unattainable
 from mopo_cli.judging.rows import SUPPORTING, JudgedRows, empirical, judge_rows, judge_samples, support_floor
 from mopo_cli.maths.estimates import Estimate, sampled_estimate
 from mopo_cli.maths.oracle import attainable, solve
-from mopo_cli.models.logprobs import all_logps, response_logps
-from mopo_cli.models.reference import Snapshot, loaded, reference_logps, snapshot
-from mopo_cli.models.sampling import Drawn, sample
+from mopo_cli.models.logprobs import response_logps
+from mopo_cli.models.policy import Snapshot
+from mopo_cli.models.sampling import Drawn
 from mopo_cli.training.cache import kept_logps
 from mopo_cli.training.checkpoints import Setting, Work
 from mopo_cli.training.loop import Progressed, Task, Trainer
@@ -51,14 +51,16 @@ def align(setting: Setting, method: Mopo) -> Aligned:
     config, inputs = setting.config, setting.inputs
     trainer = Trainer(
         setting.accelerator,
-        inputs.policy,
+        inputs.policy.model,
         config.optimiser,
         config.steps,
         config.gradient_accumulation,
         config.token_budget,
     )
     judged = [
-        judge_rows(setting.judge, inputs.data.objectives, inputs.examples[s], inputs.tokens[s], inputs.collate, labels)
+        judge_rows(
+            setting.judge, inputs.data.objectives, inputs.examples[s], inputs.tokens[s], inputs.policy.collate, labels
+        )
         for s, labels in (("train", method.labels), ("heldout", "observed"))
     ]
     stage = Alignment(setting, method, trainer, *judged)
@@ -89,7 +91,12 @@ class Alignment:
             method,
             setting.tracker,
         )
-        self.encoder, self.collate, self.judge, self.cache = inputs.encoder, inputs.collate, setting.judge, config.cache
+        self.policy, self.collate, self.judge, self.cache = (
+            inputs.policy,
+            inputs.policy.collate,
+            setting.judge,
+            config.cache,
+        )
         self.train, self.heldout, self.objectives = train, heldout, inputs.data.objectives
         self.batch_size, self.onpolicy, self.sampling, self.seed = (
             config.batch_size,
@@ -110,10 +117,6 @@ class Alignment:
         self.pool_attainable: list[float] = []
         self.offline: list[Estimate] = []
 
-    @property
-    def policy(self) -> nn.Module:
-        return self.trainer.model
-
     # ------------------------------------------------------------------ batches
 
     def rows_of(self, step: int) -> list[int]:
@@ -129,14 +132,14 @@ class Alignment:
 
     def _table(self, weights: Snapshot, numbers: Sequence[int]) -> dict[int, Tensor]:
         rows = [self.train.tokens[i] for i in numbers]
-        return dict(zip(numbers, reference_logps(self.policy, weights, rows, self.collate), strict=True))
+        return dict(zip(numbers, self.policy.logps_under(weights, rows), strict=True))
 
     def prepare(self, start: int = 0) -> None:
         """Reference log-probs of every row to come; a checkpoint brings its own, equal to the last bit."""
         numbers = [] if start else self.upcoming(0, math.inf)
         rows = [*self.heldout.tokens[:SUPPORTING], *(self.train.tokens[i] for i in numbers)]
-        with torch.no_grad(), loaded(self.policy, self.initial):
-            logps = kept_logps(self.accelerator, self.cache, self.policy, rows, self.collate)
+        with self.policy.swapped(self.initial):
+            logps = kept_logps(self.accelerator, self.cache, self.policy, rows)
         supporting = len(rows) - len(numbers)
         self.floor = support_floor(logps[:supporting], self.onpolicy.support)
         if not start:
@@ -160,7 +163,7 @@ class Alignment:
         self.work.tokens += sum(map(row_length, rows)) * self.accelerator.num_processes
         slots = torch.arange(tokens.slot.shape[1], device=device)
         return LogpBatch(
-            policy_logps=response_logps(self.policy, tokens),
+            policy_logps=response_logps(self.policy.model, tokens),
             reference_logps=_pad(reference, device),
             behaviour_logps=_pad(behaviour, device),
             win_rates=_pad(win_rates, device),
@@ -281,15 +284,15 @@ class Alignment:
         seed = mix(self.seed, step, 1)
         drawn = self._draw(asked, responses, seed)
         tokens, rates = judge_samples(self.judge, self.heldout, numbers, drawn, self.collate)
-        now = all_logps(self.policy, tokens, self.collate)
-        before = reference_logps(self.policy, self.initial, tokens, self.collate)
+        now = self.policy.logps(tokens)
+        before = self.policy.logps_under(self.initial, tokens)
         self.entropy.append(-float(torch.stack([a.mean() for a in now]).mean()))
         self.kl = float(torch.stack([(a - b).mean() for a, b in zip(now, before, strict=True)]).mean())
         return self._sampled(rates, before)
 
     def _draw(self, prompts: Sequence[list[int]], responses: int, seed: int) -> list[list[Drawn]]:
         self.work.samples += len(prompts) * responses
-        return sample(self.policy, self.encoder, prompts, responses, self.sampling, seed)
+        return self.policy.sample(prompts, responses, self.sampling, seed)
 
     def _sampled(self, rates: Sequence[Tensor], reference: Sequence[Tensor]) -> Estimate:
         """The estimate from samples on the data's support, given (M, K) win rates and (M,) log pi_ref a prompt."""
@@ -302,8 +305,8 @@ class Alignment:
     def _weighted(self, judged: JudgedRows, count: int) -> Estimate:
         """Importance-weighted estimate from the data's responses of the first `count` rows of a split."""
         rows = judged.tokens[:count]
-        now = all_logps(self.policy, rows, self.collate)
-        before = reference_logps(self.policy, self.initial, rows, self.collate)
+        now = self.policy.logps(rows)
+        before = self.policy.logps_under(self.initial, rows)
         batch = LogpBatch(
             _pad(now, torch.device("cpu")),
             _pad(before, torch.device("cpu")),
@@ -328,7 +331,7 @@ class Alignment:
         asked = [self.heldout.tokens[i].prompt for i in numbers]
         drawn = self._draw(asked, responses, mix(self.seed, 0, 3))
         tokens, rates = judge_samples(self.judge, self.heldout, numbers, drawn, self.collate)
-        before = reference_logps(self.policy, self.initial, tokens, self.collate)
+        before = self.policy.logps_under(self.initial, tokens)
         self.method.observe(self._sampled(rates, before), record_only=True)
         p, uniform = empirical(torch.stack(rates), torch.stack(before) >= self.floor)
         self.pool_attainable = attainable(p, uniform)[1:].tolist()
@@ -343,12 +346,12 @@ class Alignment:
         lower = self.method.state.lower
         if lower is not None:
             self.method.renew(torch.tensor(lower, dtype=torch.float64))
-        self.lagged = snapshot(self.policy)
+        self.lagged = self.policy.snapshot()
         self.refreshes += 1
         self.reference |= self._table(self.lagged, self.upcoming(step, self.method.t0))
         for i, fresh in self.fresh.items():
             row = TokenRow(self.train.tokens[i].prompt, fresh.responses)
-            fresh.reference_logps = reference_logps(self.policy, self.lagged, [row], self.collate)[0]
+            fresh.reference_logps = self.policy.logps_under(self.lagged, [row])[0]
 
     def renew_fresh(self, step: int) -> None:
         """Fresh responses of the policy for rows that the next steps will train on."""
@@ -359,12 +362,8 @@ class Alignment:
         asked = [self.train.tokens[i].prompt for i in numbers]
         drawn = self._draw(asked, self.onpolicy.train_responses, mix(self.seed, step, 5))
         tokens, rates = judge_samples(self.judge, self.train, numbers, drawn, self.collate)
-        behaviour = reference_logps(self.policy, self.initial, tokens, self.collate)
-        lagged = (
-            behaviour
-            if self.lagged is self.initial
-            else reference_logps(self.policy, self.lagged, tokens, self.collate)
-        )
+        behaviour = self.policy.logps_under(self.initial, tokens)
+        lagged = behaviour if self.lagged is self.initial else self.policy.logps_under(self.lagged, tokens)
         self.fresh = {
             i: Fresh(token.responses, self._least_off_support(i, rate, b), b, r)
             for i, token, rate, b, r in zip(numbers, tokens, rates, behaviour, lagged, strict=True)

@@ -37,9 +37,8 @@ from mopo_cli.judging.judges import encoded_prompt
 from mopo_cli.judging.rows import SUPPORTING, JudgedRows, empirical, judge_rows, judge_samples, support_floor
 from mopo_cli.maths.estimates import Estimate, against_all, sampled_estimate
 from mopo_cli.maths.oracle import attainable, policy_win_rates, solve
-from mopo_cli.models.logprobs import all_logps, response_logps
-from mopo_cli.models.reference import reference_logps
-from mopo_cli.models.sampling import Drawn, sample
+from mopo_cli.models.logprobs import response_logps
+from mopo_cli.models.sampling import Drawn
 from mopo_cli.training.cache import kept_logps
 from mopo_cli.training.checkpoints import Setting, Work
 from mopo_cli.training.loop import Progressed, Task, Trainer
@@ -169,14 +168,16 @@ def train(setting: Setting, settings: MopoConditioned, work: Work) -> dict[str, 
     config, inputs = setting.config, setting.inputs
     trainer = Trainer(
         setting.accelerator,
-        inputs.policy,
+        inputs.policy.model,
         config.optimiser,
         config.steps,
         config.gradient_accumulation,
         config.token_budget,
     )
     judged = [
-        judge_rows(setting.judge, inputs.data.objectives, inputs.examples[s], inputs.tokens[s], inputs.collate, labels)
+        judge_rows(
+            setting.judge, inputs.data.objectives, inputs.examples[s], inputs.tokens[s], inputs.policy.collate, labels
+        )
         for s, labels in (("train", "smoothed"), ("heldout", "observed"))
     ]
     stage = Grid(setting, settings, trainer, work, *judged)
@@ -209,7 +210,7 @@ class Grid:
         config, inputs = setting.config, setting.inputs
         self.setting, self.settings, self.trainer, self.work = setting, settings, trainer, work
         self.train, self.heldout = train, heldout
-        self.policy, self.encoder, self.collate = inputs.policy, inputs.encoder, inputs.collate
+        self.policy, self.encoder, self.collate = inputs.policy, inputs.policy.encoder, inputs.policy.collate
         self.onpolicy, self.seed, self.initial = config.onpolicy, config.seed, setting.initial
         self.size = rows_a_step(setting)
         self.floor = -math.inf
@@ -264,7 +265,7 @@ class Grid:
         p = against_all(pad_sequence(win_rates, batch_first=True).to(device), mask, from_data)
         scores = p[..., 0] + torch.einsum("bgj,bj->bg", p[..., 1:], torch.stack(duals).to(p))
         before = pad_sequence(reference, batch_first=True).to(device)
-        return regression_loss(response_logps(self.policy, tokens), before, scores, mask, self.settings.tau).sum()
+        return regression_loss(response_logps(self.policy.model, tokens), before, scores, mask, self.settings.tau).sum()
 
     # ------------------------------------------------------------------ the stage's hooks
 
@@ -275,7 +276,7 @@ class Grid:
         steps = range(self.trainer.steps)
         visited = sorted({row for s in steps for row in batch_rows(len(self.train.tokens), self.size, self.seed, s)})
         rows = [*self.heldout.tokens[:SUPPORTING], *(self.train.tokens[i] for i in visited)]
-        logps = kept_logps(self.setting.accelerator, self.setting.config.cache, self.policy, rows, self.collate)
+        logps = kept_logps(self.setting.accelerator, self.setting.config.cache, self.policy, rows)
         supporting = len(rows) - len(visited)
         self.floor = support_floor(logps[:supporting], self.onpolicy.support)
         self.reference = dict(zip(visited, logps[supporting:], strict=True))
@@ -287,7 +288,7 @@ class Grid:
         numbers = self._heldout_numbers(0, max(1, self.onpolicy.prompts // 8))
         drawn = self._draw([self.heldout.tokens[i].prompt for i in numbers], POOL, mix(self.seed, 0, 3))
         tokens, rates = judge_samples(self.setting.judge, self.heldout, numbers, drawn, self.collate)
-        before = reference_logps(self.policy, self.initial, tokens, self.collate)
+        before = self.policy.logps_under(self.initial, tokens)
         p, uniform = empirical(torch.stack(rates), torch.stack(before) >= self.floor)
         self.attainable = attainable(p, uniform)[1:].tolist()
         now = policy_win_rates(uniform, p)[1:].tolist()
@@ -345,8 +346,8 @@ class Grid:
         drawn = self._draw(asked, self.onpolicy.responses, mix(self.seed, step, 1))
         tokens, rates = judge_samples(self.setting.judge, self.heldout, numbers, drawn, self.collate)
         told = [TokenRow(prompt, row.responses) for prompt, row in zip(asked, tokens, strict=True)]
-        now = all_logps(self.policy, told, self.collate)
-        before = reference_logps(self.policy, self.initial, tokens, self.collate)
+        now = self.policy.logps(told)
+        before = self.policy.logps_under(self.initial, tokens)
         self.kl = float(torch.stack([(a - b).mean() for a, b in zip(now, before, strict=True)]).mean())
         known = torch.stack(before) >= self.floor
         self.off_support = 1.0 - float(known.double().mean())
@@ -370,7 +371,7 @@ class Grid:
         drawn = self._draw(asked, self.onpolicy.train_responses, mix(self.seed, step, 5))
         rows = [row for row, _ in pairs]
         tokens, rates = judge_samples(self.setting.judge, self.train, rows, drawn, self.collate)
-        before = reference_logps(self.policy, self.initial, tokens, self.collate)
+        before = self.policy.logps_under(self.initial, tokens)
         self.fresh = {}
         for row, token, found, reference in zip(rows, tokens, rates, before, strict=True):
             worst = self.train.win_rates[row].min(0).values
@@ -380,7 +381,7 @@ class Grid:
 
     def _draw(self, prompts: Sequence[list[int]], responses: int, seed: int) -> list[list[Drawn]]:
         self.work.samples += len(prompts) * responses
-        return sample(self.policy, self.encoder, prompts, responses, self.setting.config.sampling, seed)
+        return self.policy.sample(prompts, responses, self.setting.config.sampling, seed)
 
     def _heldout_numbers(self, step: int, prompts: int) -> list[int]:
         size = len(self.heldout.tokens)

@@ -218,15 +218,15 @@ def fit_pairs(
     reference = None
     if with_reference:
         policy, own = inputs.policy, [tokens[i] for i in visited]
-        reference = kept_logps(setting.accelerator, config.cache, policy, own, inputs.collate)
+        reference = kept_logps(setting.accelerator, config.cache, policy, own)
     shares = label_weights([examples[i] for i in rows], weights)
     table = pair_table(examples, tokens, visited, weights, shares, reference, rewards, device)
     counts = None if count is None else table.sums(count(table.of(visited, torch.zeros_like(table.lengths))))
     last: list[PairLogps] = []
 
     def loss_of(numbers: list[int]) -> Tensor:
-        batch = inputs.collate([tokens[i] for i in numbers]).to(device)
-        pairs = table.of(numbers, sequence_logps(inputs.policy, batch))
+        batch = inputs.policy.collate([tokens[i] for i in numbers]).to(device)
+        pairs = table.of(numbers, sequence_logps(inputs.policy.model, batch))
         last[:] = [replace(pairs, policy=pairs.policy.detach())]
         return loss(pairs).sum()
 

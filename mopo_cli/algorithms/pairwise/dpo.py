@@ -22,7 +22,6 @@ from mopo_cli.algorithms.contract import Aligned, finished
 from mopo_cli.algorithms.pairwise.batches import PairLogps, fit_pairs, weighted_labels
 from mopo_cli.base.errors import UserError
 from mopo_cli.config.checks import normalised_weights
-from mopo_cli.models.reference import put
 from mopo_cli.training.checkpoints import Setting, Work
 from mopo_cli.training.stage import kept_policy
 
@@ -107,7 +106,7 @@ class Dpo:
 
         name: the objective that it is for. The run's count of steps goes on from `first`.
         """
-        put(setting.inputs.policy, setting.initial)
+        setting.inputs.policy.put(setting.initial)
 
         def fit() -> dict[str, Any]:
             title = f"alignment ({self.title} on {name})"

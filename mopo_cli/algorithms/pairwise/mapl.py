@@ -53,17 +53,17 @@ from mopo_cli.base.files import read_json, whole, write_json
 from mopo_cli.base.types import Example
 from mopo_cli.config.schema import PreferenceModelConfig, SamplingConfig
 from mopo_cli.data.batches import Collator, batch_rows
-from mopo_cli.data.encoder import Encoder, content
+from mopo_cli.data.encoder import content
 from mopo_cli.models.logprobs import gather_slots, response_logps
+from mopo_cli.models.policy import Policy
 from mopo_cli.models.preference import (
     PreferenceModel,
     build_preference_model,
     load_preference_model,
     save_preference_model,
 )
-from mopo_cli.models.reference import loaded
-from mopo_cli.models.sampling import sample
-from mopo_cli.training import cache, keys
+from mopo_cli.training import keys
+from mopo_cli.training.cache import kept, kept_logps
 from mopo_cli.training.checkpoints import Setting, Work
 from mopo_cli.training.loop import Task, joined
 from mopo_cli.training.preference import JUDGED, accuracy, heldout_logits, labelled_task, train_preference_model
@@ -273,10 +273,10 @@ class Mapl:
         silent = overlong = 0
         with stage("instructions", len(numbers), brief=True) as progress:
             for done, i in enumerate(numbers, start=1):
-                one = telling.told(inputs.encoder, examples[i], tokens[i], i)
+                one = telling.told(inputs.policy.encoder, examples[i], tokens[i], i)
                 if one is None or not any(getattr(one, name) for name in kinds):
                     silent += 1
-                elif not one.fits(inputs.encoder.max_length):
+                elif not one.fits(inputs.policy.encoder.max_length):
                     overlong += 1
                 else:
                     found.append(one)
@@ -300,9 +300,9 @@ class Mapl:
         taken = step_rows(setting, len(told), count)
         visited = sorted({i for step in range(config.steps) for i in taken(step)})
         rows = [row for i in visited for row in told[i].rows]
-        logps = cache.kept_logps(setting.accelerator, config.cache, inputs.policy, rows, inputs.collate)
+        logps = kept_logps(setting.accelerator, config.cache, inputs.policy, rows)
         reference = {i: torch.stack(logps[2 * n : 2 * n + 2]) for n, i in enumerate(visited)}
-        margins = policy_margins(inputs.policy, told, reference, self.tau, inputs.collate)
+        margins = policy_margins(inputs.policy.model, told, reference, self.tau, inputs.policy.collate)
         used = [k for k, weight in enumerate(self.dpo.weights) if weight > 0]
         pairs = [n for n in (len(judged(example, used)) for example in inputs.examples["train"]) if n]
         plain = (rows_a_step(setting) - 2 * count) * float(np.mean(pairs or [0]))
@@ -315,12 +315,10 @@ class Mapl:
         examples = inputs.examples["heldout"][: config.evaluation.prompts]
 
         def share(told: bool) -> float:
-            return share_followed(
-                inputs.policy, inputs.encoder, examples, self.kinds, config.sampling, config.seed, told
-            )
+            return share_followed(inputs.policy, examples, self.kinds, config.sampling, config.seed, told)
 
         ours, untold = share(True), share(False)
-        with loaded(inputs.policy, setting.initial):
+        with inputs.policy.swapped(setting.initial):
             theirs = share(True)
         setting.tracker.log(
             config.steps, **{"followed/told": ours, "followed/untold": untold, "followed/reference": theirs}
@@ -338,36 +336,37 @@ class Mapl:
         own, names = setting.run.path / "stages" / "preference_model", inputs.data.names
         steps = limited_steps(config.preference_model, len(inputs.tokens["train"]))
         settings = replace(config.preference_model, steps=steps)
-        found: list[tuple[PreferenceModel, dict[str, Accuracies]]] = []
         own_settings = self.judging, self.across, self.augmented, self.most, self.kinds
         about = (asdict(settings), *own_settings, config.model.max_length)
 
         def key() -> str:
             return keys.policy_key(config, inputs, setting.judge, "mapl-preference-model", about)
 
-        def fit() -> None:
-            model = build_preference_model(inputs.policy, len(names), settings.form, settings.skew_rank, config.seed)
+        def fit() -> tuple[PreferenceModel, dict[str, Accuracies]]:
+            model = build_preference_model(
+                inputs.policy.model, len(names), settings.form, settings.skew_rank, config.seed
+            )
             heldout = self.told(setting, "heldout", JUDGED, ("intra", "inter"))
             before = self.accuracies(setting, setting.judge, heldout)
             held = inputs.examples["heldout"], inputs.tokens["heldout"]
             task = self.preference_task(setting, model, settings)
             with stage("preference model (mapl)", steps) as progress:
-                train_preference_model(accelerator, model, task, held, inputs.collate, settings, progress)
-            found.append((model, {"before": before, "after": self.accuracies(setting, model, heldout)}))
+                train_preference_model(accelerator, model, task, held, inputs.policy.collate, settings, progress)
+            return model, {"before": before, "after": self.accuracies(setting, model, heldout)}
 
-        def save(path: Path) -> None:
-            model, accuracies = found[0]
+        def save(fitted: tuple[PreferenceModel, dict[str, Accuracies]], path: Path) -> None:
+            model, accuracies = fitted
             with whole(path) as place:
                 save_preference_model(model, place / "model", names, accuracies["after"].plain)
                 write_json(place / "accuracy.json", {name: asdict(each) for name, each in accuracies.items()})
 
-        def load(path: Path) -> None:
-            model, _ = load_preference_model(path / "model", inputs.policy)
-            found.append((model, {n: read_accuracies(each) for n, each in read_json(path / "accuracy.json").items()}))
+        def load(path: Path) -> tuple[PreferenceModel, dict[str, Accuracies]]:
+            model, _ = load_preference_model(path / "model", inputs.policy.model)
+            return model, {n: read_accuracies(each) for n, each in read_json(path / "accuracy.json").items()}
 
         own.parent.mkdir(parents=True, exist_ok=True)
-        cache.fitted(accelerator, config.cache, key, own, fit, save, load)
-        before, after = (found[0][1][name] for name in ("before", "after"))
+        _, accuracies = kept(accelerator, config.cache, key, fit, save, load, own)
+        before, after = accuracies["before"], accuracies["after"]
         say("preference model with instructions, held-out accuracy without them -> with them:")
         for what in ("plain", "intra", "inter"):
             values = zip(names, getattr(before, what), getattr(after, what), strict=True)
@@ -385,10 +384,10 @@ class Mapl:
             setting.accelerator,
             model,
             (examples, rows),
-            inputs.collate,
+            inputs.policy.collate,
             lambda step: batch_rows(len(rows), size - 2 * count, seed, step),
         )
-        margins = model_margins(model, told, inputs.collate)
+        margins = model_margins(model, told, inputs.policy.collate)
         labels = plain.weight_of(list(range(len(rows)))) / len(rows) * (size - 2 * count)
         taken = step_rows(setting, len(told), count)
         beside = ToldTask(told, self.judging, margins, taken, labels / len(inputs.data.names), count)
@@ -399,8 +398,8 @@ class Mapl:
         """On all held-out pairs, and on the comparisons of held-out rows that are told instructions."""
         inputs = setting.inputs
         heldout = inputs.examples["heldout"], inputs.tokens["heldout"]
-        plain = accuracy(*heldout_logits(model, *heldout, inputs.collate))
-        of = model_margins(model.eval(), told, inputs.collate)
+        plain = accuracy(*heldout_logits(model, *heldout, inputs.policy.collate))
+        of = model_margins(model.eval(), told, inputs.policy.collate)
         right: dict[str, list[Tensor]] = {"intra": [], "inter": []}
         for start in range(0, len(told), MEASURED):
             numbers = range(start, min(start + MEASURED, len(told)))
@@ -428,8 +427,7 @@ def asked_instructions(
 
 
 def share_followed(
-    policy: nn.Module,
-    encoder: Encoder,
+    policy: Policy,
     examples: Sequence[Example],
     kinds: Sequence[str],
     sampling: SamplingConfig,
@@ -440,6 +438,7 @@ def share_followed(
 
     Each is one that a response of the data to the same prompt follows, so that it can be met.
     """
+    encoder = policy.encoder
     asked = asked_instructions(examples, kinds, seed)
     ids = [
         encoder.conditioned(one.text if told else "").prompt_ids(e.prompt, e.responses[0] if e.responses else "x")
@@ -448,5 +447,5 @@ def share_followed(
     fits = [i for i, each in enumerate(ids) if len(each) + encoder.longest_response <= encoder.max_length]
     if not fits:
         return math.nan
-    drawn = sample(policy, encoder, [ids[i] for i in fits], 1, sampling, seed)
+    drawn = policy.sample([ids[i] for i in fits], 1, sampling, seed)
     return sum(asked[i][1].met(one[0].text) for i, one in zip(fits, drawn, strict=True)) / len(fits)

@@ -23,7 +23,6 @@ from mopo_cli.algorithms.pairwise.dpo import Dpo, log_ratio_difference, pair_los
 from mopo_cli.base.errors import UserError
 from mopo_cli.config.checks import normalised_weights
 from mopo_cli.models.preference import features_of
-from mopo_cli.models.reference import put
 from mopo_cli.training.cache import kept_logps
 from mopo_cli.training.checkpoints import Setting, Work
 
@@ -112,7 +111,7 @@ class Modpo:
         trained = tuple(float(k == self.own) for k in range(len(self.names)))
         rows = visited_rows(setting, labelled_rows(setting, trained), setting.config.steps)
         rewards = self.rewards(setting, rows, work) if self.others else None
-        put(setting.inputs.policy, setting.initial)
+        setting.inputs.policy.put(setting.initial)
         first = len(self.others) * setting.config.steps if self.margin == "implicit" else 0
         fit_pairs(setting, self.loss, trained, work, title="alignment (modpo)", rewards=rewards, first=first)
         return Aligned(finished(work))
@@ -124,7 +123,7 @@ class Modpo:
         if self.margin == "implicit":
             columns = self._log_ratios(setting, rows, work)
         else:
-            features = features_of(setting.judge, tokens, inputs.collate)
+            features = features_of(setting.judge, tokens, inputs.policy.collate)
             columns = [feature[:, self.others, 0] for feature in features]
         found = dict(zip(rows, columns, strict=True))
         if not self.normalise:
@@ -138,7 +137,7 @@ class Modpo:
         tokens = [inputs.tokens["train"][i] for i in rows]
 
         def logps() -> list[Tensor]:
-            return kept_logps(setting.accelerator, config.cache, inputs.policy, tokens, inputs.collate)
+            return kept_logps(setting.accelerator, config.cache, inputs.policy, tokens)
 
         before = logps()  # the policy is the reference still
         columns = []

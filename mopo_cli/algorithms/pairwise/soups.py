@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from mopo_cli.algorithms.contract import Aligned, finished
 from mopo_cli.algorithms.pairwise.dpo import Dpo
@@ -25,8 +24,7 @@ from mopo_cli.base.errors import UserError
 from mopo_cli.base.files import read_json
 from mopo_cli.config.checks import normalised_weights
 from mopo_cli.models.parts import inner, lora_of
-from mopo_cli.models.reference import Snapshot, put, snapshot
-from mopo_cli.models.save import load_weights, rank_and_alpha, saved_weights, set_rank
+from mopo_cli.models.policy import Policy, Snapshot, rank_and_alpha, saved_weights
 from mopo_cli.runs.directory import RunDirectory
 from mopo_cli.training.checkpoints import Setting, Work
 
@@ -65,14 +63,14 @@ def side_by_side(policies: Sequence[Snapshot], weights: Sequence[float]) -> Snap
     return found
 
 
-def cook(policy: nn.Module, policies: Iterable[Snapshot], weights: Sequence[float], merge: str) -> None:
+def cook(policy: Policy, policies: Iterable[Snapshot], weights: Sequence[float], merge: str) -> None:
     """Puts the soup of some policies, with weights that sum to one, into `policy`."""
-    lora = lora_of(policy)
+    lora = lora_of(policy.model)
     if lora is None or merge == "factors":
-        return put(policy, interpolated(policies, weights))
+        return policy.put(interpolated(policies, weights))
     soup = side_by_side(list(policies), weights)
-    set_rank(policy, lora.r * len(weights), lora.lora_alpha * len(weights))  # alpha over rank, the scale, stays
-    return put(policy, soup)
+    policy.set_rank(lora.r * len(weights), lora.lora_alpha * len(weights))  # alpha over rank, the scale, stays
+    return policy.put(soup)
 
 
 class Soups:
@@ -102,7 +100,7 @@ class Soups:
     def check(self, inputs: Inputs) -> None:
         """UserError where a given policy cannot be mixed with this run's: told before anything is fitted."""
         for name, path in self.given.items():
-            if name in self.weights and (found := differences(inputs.policy, inputs.tokenizer, path)):
+            if name in self.weights and (found := differences(inputs.policy, path)):
                 raise UserError(
                     f"algorithm.experts.{name}: {path} cannot be part of this soup, since it differs from the run's "
                     f"model: {found}"
@@ -123,11 +121,11 @@ class Soups:
         first = 0
         for name in self.weights:
             if name in self.given:
-                load_weights(setting.inputs.policy, self.given[name])
+                setting.inputs.policy.load_weights(self.given[name])
             else:
                 self.methods[name].expert(setting, name, work, first)
                 first += setting.config.steps
-            yield snapshot(setting.inputs.policy)
+            yield setting.inputs.policy.snapshot()
 
 
 # --------------------------------------------------------------------------------------------- given policies
@@ -156,9 +154,9 @@ def compare_start(setting: Setting, name: str, path: Path) -> None:
     reference = RunDirectory(path.parent).reference
     if not reference.is_dir():
         return
-    load_weights(inputs.policy, reference)
-    now = snapshot(inputs.policy)
-    put(inputs.policy, setting.initial)
+    inputs.policy.load_weights(reference)
+    now = inputs.policy.snapshot()
+    inputs.policy.put(setting.initial)
     if any(not torch.equal(now[name], value) for name, value in setting.initial.items()):
         warn(
             f"algorithm.experts.{name}: {path} was trained from another reference than this run's; weights without a "
@@ -166,9 +164,9 @@ def compare_start(setting: Setting, name: str, path: Path) -> None:
         )
 
 
-def differences(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: Path) -> str:
+def differences(policy: Policy, directory: Path) -> str:
     """Why the weights in `directory` cannot be mixed with a policy's, "" where they can."""
-    model, lora = inner(policy), lora_of(policy)
+    model, lora = inner(policy.model), lora_of(policy.model)
     adapter = (directory / "adapter_config.json").is_file()
     if adapter != (lora is not None):
         ours, theirs = ("all its weights", "a LoRA adapter") if adapter else ("a LoRA adapter", "all its weights")
@@ -178,8 +176,8 @@ def differences(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, directory
         saved = saved_weights(model, directory)
     except Exception as error:
         return f"it cannot be loaded ({' '.join(str(error).split())[:200]})"
-    if theirs != tokenizer.get_vocab():
-        return f"its tokenizer has another vocabulary ({len(theirs)} tokens, the run's {len(tokenizer.get_vocab())})"
+    if theirs != (vocabulary := policy.tokenizer.get_vocab()):
+        return f"its tokenizer has another vocabulary ({len(theirs)} tokens, the run's {len(vocabulary)})"
     if lora is not None:
         from peft import get_peft_model_state_dict
 
