@@ -27,25 +27,26 @@ test: $(INSTALLED) ## run all tests
 test-quick: $(INSTALLED) ## run the tests that train nothing
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
-lint: $(INSTALLED) ## ruff and pyright
+lint: $(INSTALLED) ## ruff, the layers of folders (import-linter) and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/pyright
 
 bench: $(INSTALLED) ## a training step beside the peer's and the machine's limit; how it grows (about 25 minutes)
-	$(BIN)/python tests/bench_speed.py $(ARGS)
+	$(BIN)/python tests/benchmarks/bench_speed.py $(ARGS)
 
 bench-small: $(INSTALLED) ## the same for the smallest model alone (under five minutes)
-	$(BIN)/python tests/bench_speed.py --small
+	$(BIN)/python tests/benchmarks/bench_speed.py --small
 
 bench-commands: $(INSTALLED) ## time and memory of the main commands, against their targets
-	$(BIN)/python tests/bench.py $(ARGS)
+	$(BIN)/python tests/benchmarks/bench.py $(ARGS)
 
 quality: $(INSTALLED) ## the table of docs/results.md: exact win rates over thresholds and seeds (about half an hour)
-	$(BIN)/python tests/quality.py $(ARGS)
+	$(BIN)/python tests/benchmarks/quality.py $(ARGS)
 
 baselines: $(INSTALLED) ## every method's front beside MOPO's, table and figure (QA=dev_feedback.json: on qa_feedback too; 40 minutes)
-	$(BIN)/python tests/baselines.py $(if $(QA),--qa "$(QA)") $(ARGS)
+	$(BIN)/python tests/benchmarks/baselines.py $(if $(QA),--qa "$(QA)") $(ARGS)
 
 wheel: $(INSTALLED) ## build the wheel into dist/
 	$(BIN)/python -m build --wheel --outdir dist .

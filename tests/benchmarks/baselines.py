@@ -23,7 +23,7 @@ from mopo_cli.report.build import read_sweep
 from mopo_cli.runs.record import ReportedRun
 
 ROOT = Path("outputs/baselines")
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 SLACK = 0.01  # win rate by which a threshold may be missed and still count as met, the same for every method
 ASKED = {"algorithm.weights": "weights", "algorithm.direction": "a direction", "threshold": "a threshold"}
 COLOURS = {"a threshold": "#D55E00", "weights": "#0072B2", "a direction": "#009E73"}
