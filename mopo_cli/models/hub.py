@@ -22,24 +22,24 @@ OLDER_KEYS = ("rope_theta", "rope_scaling", "torch_dtype")  # spellings of trans
 HUB_TIMEOUT = 5.0  # seconds until the hub counts as unreachable
 
 
-def _read_config(config: ModelConfig) -> PreTrainedConfig:
+def read_config(config: ModelConfig) -> PreTrainedConfig:
     """The config of the model at model.path (of the base model, where that holds an adapter)."""
-    path, base = _source(config), _base_of_adapter(config)
+    path, base = source(config), base_of_adapter(config)
     if base is not None:
-        return _read_config(base)
+        return read_config(base)
     try:
-        built = AutoConfig.from_pretrained(path, **_hub_arguments(config))
+        built = AutoConfig.from_pretrained(path, **hub_arguments(config))
     except Exception as error:
-        raise UserError(_cannot_load("config", config, error)) from error
+        raise UserError(cannot_load("config", config, error)) from error
     encoder = getattr(built, "is_decoder", True) is False and not built.model_type.startswith("gpt_neox")
     if encoder or getattr(built, "is_encoder_decoder", False):
         raise UserError(f"model.path={path}: a {built.model_type} is no causal (decoder-only) language model")
     return built
 
 
-def _base_of_adapter(config: ModelConfig) -> ModelConfig | None:
+def base_of_adapter(config: ModelConfig) -> ModelConfig | None:
     """Where model.path holds nothing but a LoRA adapter: the config of the model below it."""
-    path = Path(_source(config))
+    path = Path(source(config))
     record = path / "adapter_config.json"
     if not record.is_file() or (path / "config.json").is_file():
         return None
@@ -52,25 +52,25 @@ def _base_of_adapter(config: ModelConfig) -> ModelConfig | None:
     return replace(config, path=base, revision=None)
 
 
-def _with_key(text: str, key: str) -> str:
+def with_key(text: str, key: str) -> str:
     """A message about `model.path` that speaks of another key, and of no random weights."""
     text = re.sub(r"(; )?or (to a hub id; or )?model\.init=random.*", "", text)
     return re.sub(r"(?<![\w./-])model\.(?=(path|revision|trust_remote_code)\b)", f"{key}.", text)
 
 
 # --------------------------------------------------------------------------------------------- places and messages
-def _is_local(path: str) -> bool:
+def is_local(path: str) -> bool:
     return path.startswith(("/", ".", "~")) or os.path.isdir(path)
 
 
-def _source(config: ModelConfig) -> str:
+def source(config: ModelConfig) -> str:
     """model.path, checked where it is a directory."""
     if not config.path:
         raise UserError(
             "model.path: not set. Set model.path=DIR (a model directory) or to a hub id; or model.init=random with a "
             "model.architecture"
         )
-    if not _is_local(config.path):
+    if not is_local(config.path):
         return config.path
     path = os.path.expanduser(config.path)
     if not os.path.isdir(path):
@@ -80,9 +80,9 @@ def _source(config: ModelConfig) -> str:
     return path
 
 
-def _hub_arguments(config: ModelConfig) -> dict[str, Any]:
+def hub_arguments(config: ModelConfig) -> dict[str, Any]:
     """What every from_pretrained takes. Without a network only the cache is asked: each try would take 20 seconds."""
-    offline = not _is_local(str(config.path)) and not _hub_answers()
+    offline = not is_local(str(config.path)) and not hub_answers()
     return {
         "revision": config.revision,
         "trust_remote_code": config.trust_remote_code,
@@ -91,7 +91,7 @@ def _hub_arguments(config: ModelConfig) -> dict[str, Any]:
 
 
 @functools.cache
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
     if constants.HF_HUB_OFFLINE:
         return False
     try:
@@ -101,12 +101,12 @@ def _hub_answers() -> bool:
     return True
 
 
-def _cannot_load(what: str, config: ModelConfig, error: BaseException) -> str:
+def cannot_load(what: str, config: ModelConfig, error: BaseException) -> str:
     path, causes = config.path, list(_causes(error))
     if "trust_remote_code" in str(error):
         return f"model.path={path}: its code is not part of transformers; model.trust_remote_code=true runs it"
-    if _is_local(str(path)):
-        return f"model.path={path}: cannot load its {what}: {_one_line(error)}"
+    if is_local(str(path)):
+        return f"model.path={path}: cannot load its {what}: {two_lines(error)}"
     if any(isinstance(cause, GatedRepoError) for cause in causes):
         return (
             f"model.path={path}: a gated model. Accept its licence at https://huggingface.co/{path}, then log in with "
@@ -119,16 +119,16 @@ def _cannot_load(what: str, config: ModelConfig, error: BaseException) -> str:
             f"model.path={path}: no such model on the hub, and no such directory here (a private model needs "
             "`hf auth login`)"
         )
-    found = _one_line(error) if _hub_answers() else "the hub does not answer, and it is not in the cache."
+    found = two_lines(error) if hub_answers() else "the hub does not answer, and it is not in the cache."
     return (
         f"model.path={path}: cannot load the {what} from the hub: {found} To work offline: `hf download {path} "
         "--local-dir DIR` on a machine with a network, then model.path=DIR; or model.init=random for random weights"
     )
 
 
-def _cannot_build(config: ModelConfig, error: BaseException) -> str:
+def cannot_build(config: ModelConfig, error: BaseException) -> str:
     key = f"model.attention={config.attention}" if "attn" in str(error) or "ttention" in str(error) else "model"
-    return f"{key}: {_one_line(error)}"
+    return f"{key}: {two_lines(error)}"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -137,7 +137,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _one_line(error: BaseException) -> str:
+def two_lines(error: BaseException) -> str:
     """The first two lines of a message, as the first is often only a heading."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[:2]) if lines else type(error).__name__

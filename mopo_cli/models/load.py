@@ -27,14 +27,14 @@ from mopo_cli.base.errors import UserError
 from mopo_cli.config.schema import LoraConfig, ModelConfig
 from mopo_cli.models.hub import (
     OLDER_KEYS,
-    _base_of_adapter,
-    _cannot_build,
-    _cannot_load,
-    _hub_arguments,
-    _one_line,
-    _read_config,
-    _source,
-    _with_key,
+    base_of_adapter,
+    cannot_build,
+    cannot_load,
+    hub_arguments,
+    read_config,
+    source,
+    two_lines,
+    with_key,
 )
 from mopo_cli.models.parts import backbone_of, compute_in, unwrap
 
@@ -48,7 +48,7 @@ def load_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: i
     """
     _check_lora(config.lora)
     random = config.init == "random"
-    built = _described_config(config, tokenizer) if random and config.architecture else _read_config(config)
+    built = _described_config(config, tokenizer) if random and config.architecture else read_config(config)
     _check_fits(config, built, tokenizer)
     _disable_dropout(built)
     model = _random_model(config, built, seed) if random else _pretrained_model(config, built)
@@ -107,7 +107,7 @@ def _described_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -
     try:
         return AutoConfig.for_model(model_type, **{**special, **values})
     except Exception as error:
-        raise UserError(f"model.architecture: {_one_line(error)}") from error
+        raise UserError(f"model.architecture: {two_lines(error)}") from error
 
 
 def _check_fits(config: ModelConfig, built: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -134,25 +134,25 @@ def _random_model(config: ModelConfig, built: PreTrainedConfig, seed: int) -> Pr
                 built, dtype=getattr(torch, config.dtype), attn_implementation=config.attention
             )
         except (ImportError, ValueError) as error:
-            raise UserError(_cannot_build(config, error)) from error
+            raise UserError(cannot_build(config, error)) from error
 
 
 def _pretrained_model(config: ModelConfig, built: PreTrainedConfig) -> PreTrainedModel:
-    base = _base_of_adapter(config)
+    base = base_of_adapter(config)
     if base is not None:
         return _merged(_pretrained_model(base, built), config)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
-            _source(config),
+            source(config),
             config=built,
             dtype=getattr(torch, config.dtype),
             attn_implementation=config.attention,
             output_loading_info=True,
-            **_hub_arguments(config),
+            **hub_arguments(config),
             **_quantisation(config),
         )
     except Exception as error:
-        raise UserError(_cannot_load("model", config, error)) from error
+        raise UserError(cannot_load("model", config, error)) from error
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would draw these at random and go on
         shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
@@ -202,16 +202,16 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
     try:
         return get_peft_model(model, peft)  # type: ignore[return-value]
     except ValueError as error:
-        raise UserError(f"model.lora.target_modules={lora.target_modules}: {_one_line(error)}") from error
+        raise UserError(f"model.lora.target_modules={lora.target_modules}: {two_lines(error)}") from error
 
 
 def _merged(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
     from peft import PeftModel
 
     try:
-        merged: PreTrainedModel = PeftModel.from_pretrained(model, _source(config)).merge_and_unload()  # type: ignore
+        merged: PreTrainedModel = PeftModel.from_pretrained(model, source(config)).merge_and_unload()  # type: ignore
     except Exception as error:
-        raise UserError(_cannot_load("adapter", config, error)) from error
+        raise UserError(cannot_load("adapter", config, error)) from error
     for parameter in merged.parameters():  # the adapter had frozen what is below it
         parameter.requires_grad_(parameter.is_floating_point())
     return merged
@@ -227,8 +227,8 @@ def load_classifier(
     be had, or where weights are missing (its head, say: it is no classifier); `key` is the config key in front of path.
     """
     try:
-        path = _source(config)
-        settings = _hub_arguments(config)
+        path = source(config)
+        settings = hub_arguments(config)
         tokenizer = AutoTokenizer.from_pretrained(path, **settings)
         model, report = AutoModelForSequenceClassification.from_pretrained(  # type: ignore[misc]
             path,
@@ -238,9 +238,9 @@ def load_classifier(
             **settings,
         )
     except UserError as error:
-        raise UserError(_with_key(str(error), key)) from None
+        raise UserError(with_key(str(error), key)) from None
     except Exception as error:
-        raise UserError(_with_key(_cannot_load("classifier", config, error), key)) from error
+        raise UserError(with_key(cannot_load("classifier", config, error), key)) from error
     if report["missing_keys"]:  # transformers would draw these at random and go on
         shown = ", ".join(sorted(report["missing_keys"])[:3])
         raise UserError(f"{key}.path={config.path}: no sequence-classification model (its files lack {shown})")

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from mopo_cli.data.batches import Collator, TokenBatch, row_lengths, under_budget
 from mopo_cli.data.encoder import Encoder
 from mopo_cli.data.table import TokenRow, row_length
-from mopo_cli.models.parts import _attention_window, backbone_of, computing, unwrap
+from mopo_cli.models.parts import attention_window, backbone_of, computing, unwrap
 
 _CHUNK = (2**25, 2**26)  # logits held at once, on a CPU and on a GPU
 ROW = 112  # response tokens that a prompt is written once for, at least, in a pass without gradient
@@ -180,7 +180,7 @@ def can_pack(model: nn.Module, longest: int | None = None) -> bool:
     `longest` tokens (where that is not given, a model with a window is not packed).
     """
     causal = unwrap(model)
-    window = _attention_window(causal)
+    window = attention_window(causal)
     if window is not None and (longest is None or longest > window):
         return False
     return agree(model, Collator(0, True), Collator(0, False))

@@ -27,7 +27,7 @@ def computing(module: nn.Module) -> AbstractContextManager[object]:
     return nullcontext() if dtype is None else torch.autocast(device, dtype)
 
 
-def _attention_window(causal: nn.Module) -> int | None:
+def attention_window(causal: nn.Module) -> int | None:
     """The shortest window that some layer's attention is limited to, None where all layers see the whole context."""
     config = causal.config.get_text_config()  # type: ignore[union-attr]
     layers = getattr(config, "layer_types", None)

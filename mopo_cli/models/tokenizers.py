@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from mopo_cli.base.errors import UserError
 from mopo_cli.config.schema import ModelConfig, TokenizerConfig
-from mopo_cli.models.hub import _cannot_load, _hub_arguments, _is_local, _read_config, _source
+from mopo_cli.models.hub import cannot_load, hub_arguments, is_local, read_config, source
 
 PAD, EOS = "<pad>", "</s>"
 TOKENIZER_FILES = ("*tokeniz*", "*vocab*", "*.model", "*.tiktoken", "merges.txt")
@@ -42,8 +42,8 @@ def _trains_tokenizer(config: ModelConfig) -> bool:
         )
     if config.tokenizer.train or config.init != "random":
         return config.tokenizer.train
-    if config.path and _is_local(config.path):
-        return not _holds_tokenizer(_source(config))
+    if config.path and is_local(config.path):
+        return not _holds_tokenizer(source(config))
     return bool(config.architecture) or not config.path
 
 
@@ -55,20 +55,20 @@ def _vocabulary(config: ModelConfig) -> int:
     """Tokens to train: those asked for, as far as the architecture has embeddings for them."""
     size = config.architecture.get("vocab_size")
     if size is None and not config.architecture and config.path:
-        size = _read_config(config).get_text_config().vocab_size
+        size = read_config(config).get_text_config().vocab_size
     return min(config.tokenizer.vocab_size, int(size or config.tokenizer.vocab_size))
 
 
 def _pretrained_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    path = _source(config)
+    path = source(config)
     # transformers builds an empty tokenizer where the files are missing
     missing = f"model.path={path}: it holds no tokenizer (tokenizer.json, …). Copy the model's tokenizer files there"
-    if _is_local(path) and not _holds_tokenizer(path):
+    if is_local(path) and not _holds_tokenizer(path):
         raise UserError(missing)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **_hub_arguments(config))
+        tokenizer = AutoTokenizer.from_pretrained(path, **hub_arguments(config))
     except Exception as error:
-        raise UserError(_cannot_load("tokenizer", config, error)) from error
+        raise UserError(cannot_load("tokenizer", config, error)) from error
     if not set(tokenizer("a word", add_special_tokens=False)["input_ids"]) - {tokenizer.unk_token_id}:
         raise UserError(missing)
     if tokenizer.eos_token_id is None:

@@ -117,7 +117,7 @@ def reached(setting: Setting) -> int:
     return _number(found) if found else 0
 
 
-def _restored(setting: Setting, stage: Stage, first: int) -> int:
+def restored(setting: Setting, stage: Stage, first: int) -> int:
     """The steps that this stage has done, going by the run's checkpoint; 0 where that is of another stage."""
     found = latest_checkpoint(setting.run.checkpoints) if setting.config.run.resume else None
     if found is None or not first < _number(found) <= first + stage.trainer.steps:
@@ -129,7 +129,7 @@ def _restored(setting: Setting, stage: Stage, first: int) -> int:
     return _number(found) - first
 
 
-def _save(setting: Setting, stage: Stage, first: int, step: int) -> None:
+def save_checkpoint(setting: Setting, stage: Stage, first: int, step: int) -> None:
     """Everything needed to go on exactly, written beside and renamed, so a checkpoint is whole or absent."""
     accelerator, directory = setting.accelerator, setting.run.checkpoints
     temporary = directory / f".step-{first + step}.tmp"

@@ -17,7 +17,7 @@ from mopo_cli.config.schema import OptimiserConfig
 from mopo_cli.data.batches import batch_rows
 from mopo_cli.training import keys
 from mopo_cli.training.cache import kept
-from mopo_cli.training.checkpoints import Setting, Stage, Work, _restored, _save
+from mopo_cli.training.checkpoints import Setting, Stage, Work, restored, save_checkpoint
 from mopo_cli.training.loop import Progressed, Task, Trainer
 
 
@@ -28,7 +28,7 @@ def run_stage(setting: Setting, stage: Stage, title: str, first: int = 0) -> Non
     """
     config, tracker = setting.config, setting.tracker
     steps = stage.trainer.steps
-    start = _restored(setting, stage, first)
+    start = restored(setting, stage, first)
     tracker.rewind(first + start)
     stage.prepare(start)
     with shown_stage(title, steps, start) as progress:
@@ -40,7 +40,7 @@ def run_stage(setting: Setting, stage: Stage, title: str, first: int = 0) -> Non
                 tracker.log(first + step, **stage.metrics(progressed))
                 progress.advance(step, loss=float(progressed.loss), **stage.shown())
             if step % config.checkpoint_every == 0 and not last:
-                _save(setting, stage, first, step)
+                save_checkpoint(setting, stage, first, step)
             if first + step == config.debug.fail_at_step:
                 raise RuntimeError(f"debug.fail_at_step={first + step}: this run was asked to fail here")
             return last

@@ -367,7 +367,7 @@ def test_quantising_needs_its_library(hub, monkeypatch):
 
 
 def test_no_network_is_told_at_once(monkeypatch):
-    monkeypatch.setattr(models_hub, "_hub_answers", lambda: False)
+    monkeypatch.setattr(models_hub, "hub_answers", lambda: False)
     started = time.monotonic()
     for task in (lambda c: load_tokenizer(c, []), lambda c: load_policy(c, tokenizer_of(), 0)):
         with pytest.raises(UserError) as caught:
@@ -382,11 +382,11 @@ def test_whether_the_hub_answers(monkeypatch):
         raise OSError("no route")
 
     monkeypatch.setattr(models_hub, "get_session", lambda: SimpleNamespace(head=refuse))
-    assert not models_hub._hub_answers.__wrapped__()
+    assert not models_hub.hub_answers.__wrapped__()
     monkeypatch.setattr(models_hub, "get_session", lambda: SimpleNamespace(head=lambda *a, **k: None))
-    assert models_hub._hub_answers.__wrapped__()
+    assert models_hub.hub_answers.__wrapped__()
     monkeypatch.setattr(models_hub.constants, "HF_HUB_OFFLINE", True)
-    assert not models_hub._hub_answers.__wrapped__()
+    assert not models_hub.hub_answers.__wrapped__()
 
 
 @pytest.mark.parametrize(
@@ -405,7 +405,7 @@ def test_what_the_hub_answers(monkeypatch, kind, told):
         except kind as cause:
             raise OSError("You are trying to access something") from cause
 
-    monkeypatch.setattr(models_hub, "_hub_answers", lambda: True)
+    monkeypatch.setattr(models_hub, "hub_answers", lambda: True)
     monkeypatch.setattr(load.AutoTokenizer, "from_pretrained", fail)
     assert told in message(local("some/model", revision="v9"))
 
@@ -414,7 +414,7 @@ def test_custom_code_needs_consent(monkeypatch):
     def fail(*args: Any, **kwargs: Any) -> None:
         raise ValueError("Please pass the argument `trust_remote_code=True` to allow custom code to be run.")
 
-    monkeypatch.setattr(models_hub, "_hub_answers", lambda: True)
+    monkeypatch.setattr(models_hub, "hub_answers", lambda: True)
     monkeypatch.setattr(load.AutoTokenizer, "from_pretrained", fail)
     assert "model.trust_remote_code=true" in message(local("some/model"))
 
