@@ -89,8 +89,8 @@ def _earlier_aim(algorithm: Mapping[str, Any], primary: str) -> str:
 
 def _objectives(measured: Mapping[str, Any]) -> list[str]:
     """The table of win rates; without columns about thresholds where none was asked."""
-    asked = any(o["threshold"] is not None for o in measured["objectives"].values())
-    heads = ["objective", "role", *["threshold"] * asked, "win rate", "95 % CI", *["kept"] * asked, "judged by"]
+    bounded = any(o["threshold"] is not None for o in measured["objectives"].values())
+    heads = ["objective", "role", *["threshold"] * bounded, "win rate", "95 % CI", *["kept"] * bounded, "judged by"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, o in measured["objectives"].items():
         low, high = o["win_rate_ci95"]

@@ -230,11 +230,11 @@ def respond(
 
 def subject_of(benchmark: Benchmark, entrant: Entrant) -> Subject:
     """What is asked of the entrant: a run's own thresholds, else those of the judging run, else the objective set's."""
-    own = entrant.summary.get("objectives", {})
-    asked = own or (benchmark.home.summary.get("objectives", {}) if benchmark.home else {})
+    results = entrant.summary.get("objectives", {})
+    source = results or (benchmark.home.summary.get("objectives", {}) if benchmark.home else {})
     thresholds = {o.name: o.threshold for o in benchmark.data.objectives}
-    thresholds |= {n: r["threshold"] for n, r in asked.items() if n in thresholds and r.get("threshold") is not None}
-    estimates = {name: result.get("estimated_win_rate") for name, result in own.items()}
+    thresholds |= {n: r["threshold"] for n, r in source.items() if n in thresholds and r.get("threshold") is not None}
+    estimates = {name: result.get("estimated_win_rate") for name, result in results.items()}
     return Subject(entrant.name, entrant.path, entrant.kind, without_none(thresholds), without_none(estimates))
 
 

@@ -54,9 +54,9 @@ class Measured:
 
     def settled(self, exact: float) -> Measured:
         """With the exact win rate, by which the threshold is judged without a doubt."""
-        kept = None if self.threshold is None else exact >= self.threshold
-        verdict = None if kept is None else "yes" if kept else "no"
-        return replace(self, exact_win_rate=exact, satisfied=kept, satisfied_with_confidence=verdict)
+        satisfied = None if self.threshold is None else exact >= self.threshold
+        verdict = None if satisfied is None else "yes" if satisfied else "no"
+        return replace(self, exact_win_rate=exact, satisfied=satisfied, satisfied_with_confidence=verdict)
 
     def summary(self) -> dict[str, Any]:
         return {key: getattr(self, key) for key in SUMMARY}

@@ -79,12 +79,12 @@ def _cells(name: str, measured: Measured, oracle: Exact | None) -> dict[str, str
 def show_results(evaluation: Evaluation, run: RunDirectory) -> None:
     """The final table of a run and where everything is. Where no threshold was asked it has no columns about them."""
     oracle, objectives = evaluation.oracle, evaluation.objectives.values()
-    asked = len(objectives) == 1 or any(measured.threshold is not None for measured in objectives)
-    columns = ["objective", "role", *["threshold"] * asked, "win rate", *["satisfied"] * asked]
-    columns += ["exact", *["optimum"] * asked] if oracle else []
+    bounded = len(objectives) == 1 or any(measured.threshold is not None for measured in objectives)
+    columns = ["objective", "role", *["threshold"] * bounded, "win rate", *["satisfied"] * bounded]
+    columns += ["exact", *["optimum"] * bounded] if oracle else []
     say("")
     show_evaluation(evaluation, columns)
-    _say_kl(evaluation, f", optimum {oracle.optimum_kl:.3f}" if oracle and asked else "")
+    _say_kl(evaluation, f", optimum {oracle.optimum_kl:.3f}" if oracle and bounded else "")
     say("")
     say(f"run directory  {run.path}")
     say(f"summary        {run.summary}")

@@ -30,8 +30,8 @@ def evaluate_run(
 ) -> Evaluation:
     """As `mopo eval` evaluates the run, but for what needs samples of the reference."""
     data = inputs.data
-    asked = {o.name: o.threshold for o in data.objectives if o.threshold is not None}
-    subject = Subject(config.run.name, str(run.path), "run", aligned.thresholds or asked, aligned.estimated)
+    thresholds = aligned.thresholds or {o.name: o.threshold for o in data.objectives if o.threshold is not None}
+    subject = Subject(config.run.name, str(run.path), "run", thresholds, aligned.estimated)
     features = PreferenceFeatures(judge, data.names, models.policy.encoder, models.policy.collate)
     with stage("evaluation", 2) as progress:
         examples = evaluated_prompts(inputs.examples["test"], config.evaluation.prompts, config.seed)
