@@ -5,14 +5,12 @@ from __future__ import annotations
 import inspect
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from mopo_cli.config.compose import build, class_of
 from mopo_cli.config.schema import TrainConfig
+from mopo_cli.data.directions import Directions, Levels, weighed
 from mopo_cli.training.checkpoints import Setting, Work
-
-if TYPE_CHECKING:
-    from mopo_cli.data.directions import Directions, Levels
 
 
 @dataclass
@@ -20,6 +18,7 @@ class Aligned:
     """What a method leaves besides the policy. What only a constrained method knows is empty for the others."""
 
     work: Work
+    aim: str = ""  # what it was trained for, for a reader; "" where that is the primary objective under thresholds
     condition: str = ""  # what stands in front of each prompt when this policy is asked (data/tokens.py)
     directions: Directions | Levels | None = None  # what else it may be asked, where that is a direction
     thresholds: dict[str, float] = field(default_factory=dict)  # asked of the secondaries in the end
@@ -30,6 +29,13 @@ class Aligned:
     attainable: list[float] = field(default_factory=list)
     entropy: list[float] = field(default_factory=list)  # nats a response, at each measurement
     off_support: float = 0.0  # share of the last measurement's samples that the data never show
+
+
+def aim_of(setting: Setting, alike: bool) -> str:
+    """The aim where no threshold is held: the config's weights or direction; without them all objectives alike, or the
+    primary alone."""
+    default = "all objectives weighed alike" if alike else f"as {setting.inputs.data.names[0]} as possible"
+    return weighed(setting.config.algorithm) or default
 
 
 class Method(Protocol):

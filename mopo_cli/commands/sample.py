@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,58 +16,46 @@ from mopo_cli.base.types import Corpus, Example, Text
 from mopo_cli.config import checks, compose
 from mopo_cli.config.schema import SampleConfig
 from mopo_cli.data.directions import directions_of, parsed
-from mopo_cli.data.encoder import Encoder
 from mopo_cli.data.prepare import resolve_objectives
 from mopo_cli.evaluation.entrants import MODEL_FILES, Entrant, finished_run, newest_run
-from mopo_cli.evaluation.measure import POLICY_SEED, REFERENCE_SEED, sampled_answers, win_rates
+from mopo_cli.evaluation.loading import encoder_of, load_policy, load_run, model_of
 from mopo_cli.evaluation.prompts import in_form_of, known_example
-from mopo_cli.evaluation.responses import asked_policy, load_judge, reading, tokenizer_of
-from mopo_cli.judging.judges import Answers, PreferenceFeatures, own_judge
-from mopo_cli.models.policy import Policy, Snapshot
+from mopo_cli.evaluation.records import Models
+from mopo_cli.evaluation.responses import POLICY_SEED, REFERENCE_SEED, sampled_responses
+from mopo_cli.judging.judges import JudgedResponses, PreferenceFeatures, own_judge, win_rates
 from mopo_cli.runs.session import quiet_libraries
 
 Rates = dict[str, list[np.ndarray]]  # by objective, (n,) win rates of each prompt's responses
-
-
-@dataclass
-class Speaker:
-    """A model that responds; of a run, with its reference and preference model."""
-
-    entrant: Entrant
-    policy: Policy
-    features: PreferenceFeatures | None = None
-    initial: Snapshot | None = None
 
 
 def command(composed: DictConfig, prompt: str | None = None) -> int:
     """Print responses. `prompt` is the text of prompt=, which is no config: any character may stand in it."""
     settings: SampleConfig = compose.typed(composed, SampleConfig)
     check(settings)
-    asked = asked_prompts(settings, prompt)
+    prompts = asked_prompts(settings, prompt)
     entrant = entrant_of(settings)
     condition = condition_of(entrant, settings.direction)
     quiet_libraries()
-    speaker = load_speaker(settings, entrant)
-    examples = [example_of(settings, entrant, text) for text in asked]
-    for example, text in zip(examples, asked, strict=True):
-        size = len(speaker.policy.encoder.conditioned(condition).prompt_ids(example.prompt, example.responses[0]))
-        if size >= speaker.policy.encoder.max_length:
-            limit = speaker.policy.encoder.max_length
+    models, features = load_models(settings, entrant)
+    examples = [example_of(settings, entrant, text) for text in prompts]
+    limit = models.policy.encoder.max_length
+    for example, text in zip(examples, prompts, strict=True):
+        size = len(models.policy.encoder.conditioned(condition).prompt_ids(example.prompt, example.responses[0]))
+        if size >= limit:
             raise UserError(f"prompt {text[:40]!r}: its {size} tokens fill the context of {limit} (model.max_length)")
-    answers = sampled_answers(
-        speaker.policy, examples, settings.n, settings.sampling, settings.seed + POLICY_SEED, condition
-    )
-    rates = judged(settings, speaker, examples, answers)
+    seed = settings.seed + POLICY_SEED
+    responses = sampled_responses(models.policy, examples, settings.n, settings.sampling, seed, condition)
+    rates = judged(settings, entrant, models, features, examples, responses) if features else {}
     if condition:
         say(f"told: {condition}")
-    for i, text in enumerate(asked):
-        if len(asked) > 1:
+    for i, text in enumerate(prompts):
+        if len(prompts) > 1:
             say(("" if i == 0 else "\n") + f"> {printable(text)}")
-        for m, response in enumerate(answers.texts[i]):
-            told = "  ".join(f"{name} {found[i][m]:.2f}" for name, found in rates.items())
+        for m, response in enumerate(responses.texts[i]):
             mark = f"[{m + 1}]  " if settings.n > 1 else ""
-            if settings.n > 1 or told:
-                say(f"{mark}{told}".rstrip())
+            line = mark + "  ".join(f"{name} {of_prompts[i][m]:.2f}" for name, of_prompts in rates.items())
+            if line:
+                say(line.rstrip())
             say(printable(response))
     return 0
 
@@ -107,12 +94,12 @@ def prompts_of(path: Path) -> list[str]:
 
 def _prompt(line: str, where: str) -> str:
     try:
-        found = json.loads(line)["prompt"]
+        prompt = json.loads(line)["prompt"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f'{where}: expected a JSON object with a prompt, as {{"prompt": "..."}}') from None
-    if not isinstance(found, str) or not found.strip():
+    if not isinstance(prompt, str) or not prompt.strip():
         raise UserError(f"{where}: prompt must be a string that is not empty")
-    return found
+    return prompt
 
 
 def entrant_of(settings: SampleConfig) -> Entrant:
@@ -129,32 +116,23 @@ def condition_of(entrant: Entrant, direction: str | None) -> str:
     """What the policy is told: as its run was evaluated, or for a direction; UserError where it takes none."""
     if direction is None:
         return entrant.condition
-    known = directions_of(entrant.model)
-    if known is None:
+    directions = directions_of(entrant.model)
+    if directions is None:
         raise UserError(
             f"direction={direction}: {entrant.path} takes no direction; policies trained by algorithm=dpa, "
             "ric or mopo_conditioned do"
         )
-    return known.condition(parsed(direction))
+    return directions.condition(parsed(direction))
 
 
-def load_speaker(settings: SampleConfig, entrant: Entrant) -> Speaker:
-    model = entrant.trained.model if entrant.trained else replace(settings.model, path=entrant.path)
-    encoder = Encoder(tokenizer_of(entrant, model), model.max_length, model.chat_template)
-    policy = asked_policy(model, encoder, settings.seed)
+def load_models(settings: SampleConfig, entrant: Entrant) -> tuple[Models, PreferenceFeatures | None]:
+    """What responds; of a run with its reference and preference model, where there is one and it is to judge."""
+    model = model_of(entrant, settings.model)
+    encoder = encoder_of(entrant, model)
     if entrant.trained is None:
-        return Speaker(entrant, policy)
-    run = entrant.run
-    speaker = Speaker(entrant, policy)
-    if settings.compare and (run.preference_model / "preference_model.json").is_file():
-        speaker.features = PreferenceFeatures(load_judge(run, policy), encoder, policy.collate)
-        if run.reference.is_dir():
-            with reading(run.reference):
-                policy.load_weights(run.reference)
-        speaker.initial = policy.snapshot()
-    with reading(run.model):
-        policy.load_weights(run.model)
-    return speaker
+        return Models(load_policy(model, encoder, settings.seed), {}), None
+    judges = bool(settings.compare) and (entrant.run.preference_model / "preference_model.json").is_file()
+    return load_run(entrant, encoder, judges, compared=judges)
 
 
 def example_of(settings: SampleConfig, entrant: Entrant, prompt: str) -> Example:
@@ -167,27 +145,30 @@ def example_of(settings: SampleConfig, entrant: Entrant, prompt: str) -> Example
     return Example(text, (response,), (), ())
 
 
-def judged(settings: SampleConfig, speaker: Speaker, examples: Sequence[Example], answers: Answers) -> Rates:
-    """Win rates of each response, by objective, against samples of the run's reference; empty without a judge."""
-    entrant = speaker.entrant
-    if speaker.features is None or speaker.initial is None or entrant.trained is None:
-        return {}
-    with speaker.policy.swapped(speaker.initial):
-        reference = sampled_answers(
-            speaker.policy, examples, settings.compare, settings.sampling,
-            settings.seed + REFERENCE_SEED,
-        )  # fmt: skip
+def judged(
+    settings: SampleConfig,
+    entrant: Entrant,
+    models: Models,
+    features: PreferenceFeatures,
+    examples: Sequence[Example],
+    responses: JudgedResponses,
+) -> Rates:
+    """Win rates of each response, by objective, against samples of the run's reference."""
+    assert entrant.trained is not None
+    seed = settings.seed + REFERENCE_SEED
+    with models.policy.swapped(models.initial):
+        reference = sampled_responses(models.policy, examples, settings.compare, settings.sampling, seed)
     nodes = entrant.trained.objectives
     objectives = resolve_objectives(nodes, Corpus(tuple(node.source or name for name, node in nodes.items()), ()))
     rates = {}
-    for k, objective in enumerate(objectives):
-        judge = own_judge(objective, None, speaker.features, k)
+    for objective in objectives:
+        judge = own_judge(objective, None, features)
         try:
-            found = [judge.measure(examples, of) for of in (answers, reference)]
+            measures = [judge.measure(examples, of) for of in (responses, reference)]
         except UserError as error:  # a function that needs the row's context, which a person's prompt has not
             warn(str(error))
             continue
-        rates[objective.name] = win_rates(judge, *found)
+        rates[objective.name] = win_rates(judge, *measures)
     if rates:
         say(f"win rates against {settings.compare} samples of the reference, by the run's own judges")
     return rates

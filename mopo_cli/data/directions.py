@@ -23,6 +23,14 @@ def spelled(names: Sequence[str], values: Sequence[float], decimals: int) -> str
     return " ".join(f"{n} {zero if v == f'-{zero}' else v}" for n, v in zip(names, numbers, strict=True))
 
 
+def weighed(algorithm: Mapping[str, Any]) -> str:
+    """What the weights or the direction in an algorithm's settings ask for, as a reader is told; "" without them."""
+    for key, word in (("weights", "weighed"), ("direction", "in the direction")):
+        if algorithm.get(key):
+            return f"objectives {word} {', '.join(f'{name} {value:g}' for name, value in algorithm[key].items())}"
+    return ""
+
+
 def shares(weights: Sequence[float], map: str) -> list[float]:
     """(K,) how far each target goes from its lowest to its highest value, in [0, 1], for weights that sum to one.
 

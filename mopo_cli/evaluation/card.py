@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from mopo_cli.data.directions import Directions, Levels
+from mopo_cli.data.directions import Directions, Levels, weighed
 
 VERDICTS = {"yes": "yes", "no": "no", "undecided": "undecided (the interval holds the threshold)"}
 
@@ -34,7 +34,7 @@ def model_card(
     lines += [
         f"Aligned from `{_code(base)}` with mopo {summary['versions']['mopo']} ({_method(settings, summary)}tau "
         f"{settings['tau']:g}, {summary['train']['steps']} steps, seed {summary['seed']}): "
-        f"{_aim(settings, summary['objectives'])}.",
+        f"{_aim(settings, summary)}.",
         "",
         *_objectives(measured),
         *_beside(measured),
@@ -44,7 +44,7 @@ def model_card(
         "",
     ]
     if summary.get("condition"):
-        lines += _told(str(summary["condition"]), directions)
+        lines += _condition(str(summary["condition"]), directions)
     if prompt is not None:
         lines += _usage(adapter, prompt)
     if summary.get("warnings"):
@@ -57,8 +57,8 @@ def model_card(
 def _metadata(model: Mapping[str, Any], adapter: bool) -> dict[str, Any]:
     tags = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
     base = model.get("path")
-    known = base and not str(base).startswith(("/", ".", "~")) and str(base).count("/") == 1
-    return {**tags, **({"base_model": str(base)} if known else {}), "tags": ["mopo", "preference-optimization"]}
+    on_hub = base and not str(base).startswith(("/", ".", "~")) and str(base).count("/") == 1
+    return {**tags, **({"base_model": str(base)} if on_hub else {}), "tags": ["mopo", "preference-optimization"]}
 
 
 def _method(settings: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
@@ -67,27 +67,30 @@ def _method(settings: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     return f"{_text(name)}, " if name else ""
 
 
-def _aim(settings: Mapping[str, Any], objectives: Mapping[str, Any]) -> str:
-    """What was asked of the model: weights or a direction over objectives, else a primary under thresholds."""
-    algorithm = settings.get("algorithm") or {}
-    for key, word in (("weights", "weighed"), ("direction", "in the direction")):
-        if algorithm.get(key):
-            return f"objectives {word} {', '.join(f'{_text(k)} {v:g}' for k, v in algorithm[key].items())}"
-    primary = next((_text(name) for name, o in objectives.items() if o["role"] == "primary"), "its objective")
-    if {"weights", "direction"} & algorithm.keys():  # of its own default, and no threshold is held
-        alike = algorithm.get("name") in ("modpo", "soups", "dpa", "ric")
-        return "all objectives weighed alike" if alike else f"as {primary} as possible"
-    kept = [
-        f"{_text(name)} at least {o['threshold']:.3f}" for name, o in objectives.items() if o["threshold"] is not None
-    ]
-    return f"as {primary} as possible" + (f", with {' and '.join(kept)}" if kept else "")
+def _aim(settings: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    """What was asked of the model: as its algorithm says, else its primary objective under thresholds."""
+    objectives = summary["objectives"]
+    primary = next((name for name, o in objectives.items() if o["role"] == "primary"), "its objective")
+    aim = summary.get("aim")
+    if aim is None:
+        aim = _earlier_aim(settings.get("algorithm") or {}, primary)
+    bounds = {name: o["threshold"] for name, o in objectives.items() if o["threshold"] is not None}
+    constraints = " and ".join(f"{name} at least {b:.3f}" for name, b in bounds.items())
+    return _text(aim or f"as {primary} as possible" + (f", with {constraints}" if constraints else ""))
+
+
+def _earlier_aim(algorithm: Mapping[str, Any], primary: str) -> str:
+    """What the algorithms of version 0.1 would have said, whose summaries have no aim."""
+    if not {"weights", "direction"} & algorithm.keys():
+        return ""
+    alike = algorithm.get("name") in ("modpo", "soups", "dpa", "ric")
+    return weighed(algorithm) or ("all objectives weighed alike" if alike else f"as {primary} as possible")
 
 
 def _objectives(measured: Mapping[str, Any]) -> list[str]:
     """The table of win rates; without columns about thresholds where none was asked."""
-    asked = any(o["threshold"] is not None for o in measured["objectives"].values())
-    heads = ["objective", "role", *(["threshold"] if asked else []), "win rate", "95 % CI"]
-    heads += [*(["kept"] if asked else []), "judged by"]
+    bounded = any(o["threshold"] is not None for o in measured["objectives"].values())
+    heads = ["objective", "role", *["threshold"] * bounded, "win rate", "95 % CI", *["kept"] * bounded, "judged by"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, o in measured["objectives"].items():
         low, high = o["win_rate_ci95"]
@@ -114,7 +117,7 @@ def _beside(measured: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _told(condition: str, directions: Directions | Levels | None) -> list[str]:
+def _condition(condition: str, directions: Directions | Levels | None) -> list[str]:
     """What stands in front of a prompt, and what else may stand there."""
     lines = [
         "## What the model is told",
@@ -130,7 +133,7 @@ def _told(condition: str, directions: Directions | Levels | None) -> list[str]:
         "",
         "| direction | line |",
         "|---|---|",
-        *(f"| {_direction(one)} | `{_code(directions.condition(one))}` |" for one in examples),
+        *(f"| {_direction(weights)} | `{_code(directions.condition(weights))}` |" for weights in examples),
         "",
         "Responses at a direction, with this folder or the run's:",
         "",

@@ -33,9 +33,9 @@ def exact_evaluation(
     if not isinstance(data.world, World):
         return None
     rows, win_rates = _listed(data, data.world, models.policy.encoder, prompts)
-    told = models.policy.encoder.conditioned(models.condition)
-    asked = _listed(data, data.world, told, prompts)[0] if models.condition else rows
-    log_policy, mass = _conditional(models.policy.logps(asked))
+    conditioned = models.policy.encoder.conditioned(models.condition)
+    policy_rows = _listed(data, data.world, conditioned, prompts)[0] if models.condition else rows
+    log_policy, mass = _conditional(models.policy.logps(policy_rows))
     with models.policy.swapped(models.initial):
         log_reference, _ = _conditional(kept_logps(None, models.cache, models.policy, rows))
     names = data.names
@@ -73,10 +73,10 @@ def _listed(
     # spread over the test prompts: neighbours share a topic, and the first ones alone are no fair sample
     count = min(prompts or len(data.test), len(data.test))
     places: list[int] = np.linspace(0, len(data.test) - 1, count, dtype=int).tolist()
-    asked = [str(data.test[i].prompt) for i in places]
+    texts = [str(data.test[i].prompt) for i in places]
     columns = [world.objectives.index(o.source) for o in data.objectives]
-    exact = np.stack([world.win_rates(prompt)[:, columns] for prompt in asked])
-    return [encoder.row(prompt, world.responses(prompt)) for prompt in asked], exact
+    exact = np.stack([world.win_rates(prompt)[:, columns] for prompt in texts])
+    return [encoder.row(prompt, world.responses(prompt)) for prompt in texts], exact
 
 
 def exact_win_rates(

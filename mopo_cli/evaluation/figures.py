@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from mopo_cli.report.figures import COLOURS, STYLE
 
 if TYPE_CHECKING:
-    from mopo_cli.evaluation.records import Evaluated, Measured
+    from mopo_cli.evaluation.records import Evaluation, Measured
 
 
 Pick = Callable[["Measured"], tuple[float, tuple[float, float]]]
@@ -30,7 +30,7 @@ THRESHOLD = COLOURS[1]
 LONGEST = 34  # characters of an entrant's name
 
 
-def draw_evaluation(evaluated: Sequence[Evaluated], normalisation: Mapping[str, Any], directory: Path) -> Path:
+def draw_evaluation(evaluated: Sequence[Evaluation], normalisation: Mapping[str, Any], directory: Path) -> Path:
     """Write evaluation.png: a column an objective (or scorer), win rates above and normalised scores below."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "evaluation.png"
@@ -63,11 +63,11 @@ def _label(text: str, longest: int = LONGEST) -> str:
     return short.replace("$", r"\$")
 
 
-def _measured(one: Evaluated, name: str) -> Measured:
+def _measured(one: Evaluation, name: str) -> Measured:
     return one.objectives.get(name) or one.scorers[name]
 
 
-def _rates(axis: Axes, name: str, evaluated: Sequence[Evaluated]) -> None:
+def _rates(axis: Axes, name: str, evaluated: Sequence[Evaluation]) -> None:
     for offset, (_, pick, marker, colour) in zip((-0.1, 0.1), PANELS.values(), strict=True):
         for y, one in enumerate(evaluated):
             _point(axis, *pick(_measured(one, name)), y + offset, marker, colour)
@@ -83,7 +83,7 @@ def _rates(axis: Axes, name: str, evaluated: Sequence[Evaluated]) -> None:
     axis.grid(axis="y", visible=False)
 
 
-def _scores(axis: Axes, name: str, evaluated: Sequence[Evaluated], scale: Mapping[str, Any] | None) -> None:
+def _scores(axis: Axes, name: str, evaluated: Sequence[Evaluation], scale: Mapping[str, Any] | None) -> None:
     if scale is None:
         axis.text(0.5, 0.5, "its judge only compares", transform=axis.transAxes, ha="center", fontsize=8, color="0.4")
         axis.set_xticks([])
@@ -105,7 +105,7 @@ def _point(axis: Axes, value: float, interval: tuple[float, float], y: float, ma
         axis.errorbar([value], [y], xerr=bar, fmt=marker, color=colour, capsize=3, markersize=5.5)
 
 
-def _key(figure: Any, evaluated: Sequence[Evaluated], names: Sequence[str]) -> None:
+def _key(figure: Any, evaluated: Sequence[Evaluation], names: Sequence[str]) -> None:
     from matplotlib.lines import Line2D
 
     found = [_measured(one, name) for one in evaluated for name in names]

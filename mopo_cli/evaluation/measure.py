@@ -1,138 +1,210 @@
-"""Evaluation: responses of the policy to test prompts, judged against the data's responses; exact where enumerable."""
+"""Evaluation: responses to test prompts, judged against the data's and the reference's, with intervals over prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
 
-from mopo_cli.base.types import Example, PreferenceData
-from mopo_cli.config.schema import EvaluationConfig, SamplingConfig
-from mopo_cli.data.encoder import Encoder
-from mopo_cli.data.prepare import as_text, prompt_key
-from mopo_cli.data.table import TokenRow
-from mopo_cli.evaluation.records import Evaluation, Exact, Models, ObjectiveResult, Sample, settled
-from mopo_cli.judging.judges import Answers, Judge, PreferenceFeatures, encoded_prompt, own_judge
-from mopo_cli.maths.significance import bootstrap_ci, verdict
-from mopo_cli.models.policy import Policy
-
-POLICY_SEED, REFERENCE_SEED = 104729, 15485863  # apart, so that their samples are independent
+from mopo_cli.base.types import Example, Objective, PreferenceData
+from mopo_cli.data.prepare import as_text
+from mopo_cli.evaluation.records import UNKNOWN, Evaluation, Interval, Measured, ScoredSample, Wording
+from mopo_cli.evaluation.responses import Responded, Settings, data_responses
+from mopo_cli.judging.judges import Judge, JudgedResponses, PreferenceFeatures, ScoreJudge, own_judge, win_rates
+from mopo_cli.judging.scorers import Scale, fit_scale
+from mopo_cli.maths.significance import bootstrap_ci, distinct, verdict
 
 
-def evaluated_prompts(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
-    """At most `count` different prompts drawn by the seed, each with all the data's responses to it."""
-    merged: dict[tuple[str, str], Example] = {}
-    for example in examples:
-        key = prompt_key(example), example.context
-        before = merged.get(key)
-        responses = (*before.responses, *example.responses) if before else example.responses
-        merged[key] = replace(before or example, responses=responses, pairs=(), labels=())
-    rows = list(merged.values())
-    return [rows[i] for i in np.random.default_rng([seed, 11]).permutation(len(rows))[:count].tolist()]
+@dataclass(frozen=True, slots=True)
+class Column:
+    """An objective, or a scorer beside them, with its judge."""
+
+    name: str
+    judge: Judge
+    objective: Objective | None = None
 
 
-def data_answers(examples: Sequence[Example], encoder: Encoder | None = None) -> Answers:
-    """The data's own responses."""
-    texts = [[as_text(response) for response in e.responses] for e in examples]
-    tokens = None
-    if encoder is not None:
-        tokens = [
-            TokenRow(encoded_prompt(encoder, e), [encoder.response_ids(r) for r in e.responses]) for e in examples
-        ]
-    return Answers(texts, tokens, encoder)
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What a column's judge says of one entrant: arrays of each prompt's M responses."""
+
+    column: Column
+    win_rates: list[np.ndarray]  # (M,) against the data's responses; NaN where the data have none
+    reference_win_rates: list[np.ndarray]  # (M,) against the reference's; no array at all without a reference
+    scores: list[np.ndarray] | None  # (M,); None of a judge that only compares
+    scale: Scale | None
 
 
-def sampled_answers(
-    policy: Policy,
-    examples: Sequence[Example],
-    responses: int,
-    sampling: SamplingConfig,
-    seed: int,
-    condition: str = "",
-) -> Answers:
-    """`responses` samples of the policy to each prompt, which is asked behind `condition`; the rows are without it."""
-    told = policy.encoder.conditioned(condition)
-    asked = [encoded_prompt(told, example) for example in examples]
-    drawn = policy.sample(asked, responses, sampling, seed)
-    plain = [encoded_prompt(policy.encoder, example) for example in examples] if condition else asked
-    tokens = [TokenRow(prompt, [d.ids for d in draws]) for prompt, draws in zip(plain, drawn, strict=True)]
-    return Answers([[d.text for d in draws] for draws in drawn], tokens, policy.encoder)
-
-
-def win_rates(judge: Judge, ours: Sequence[object], theirs: Sequence[object]) -> list[np.ndarray]:
-    """(M,) mean win rates of each prompt's M responses against the others to the same prompt, from their measures."""
-    return [judge.wins(first, second).mean(axis=1) for first, second in zip(ours, theirs, strict=True)]
-
-
-def evaluate_samples(
-    models: Models,
+def columns_of(
     data: PreferenceData,
-    test: Sequence[Example],
-    thresholds: dict[str, float],
-    estimated: dict[str, float],
-    config: EvaluationConfig,
-    sampling: SamplingConfig,
-    seed: int,
+    features: PreferenceFeatures | None,
+    gold: Mapping[str, ScoreJudge] | None = None,
+    beside: Mapping[str, ScoreJudge] | None = None,
+) -> list[Column]:
+    """The objectives, each with its gold scorer where there is one for it, then the scorers that judge none."""
+    gold = gold or {}
+    judges = [gold[o.name] if o.name in gold else own_judge(o, data.world, features) for o in data.objectives]
+    columns = [Column(o.name, judge, o) for o, judge in zip(data.objectives, judges, strict=True)]
+    return columns + [Column(name, judge) for name, judge in (beside or {}).items()]
+
+
+def evaluate(
+    settings: Settings,
+    examples: Sequence[Example],
+    columns: Sequence[Column],
+    responded: Sequence[Responded],
+    features: PreferenceFeatures | None,
+    scales: Mapping[str, Scale] | None = None,
+    advance: Callable[[int], None] = lambda columns: None,
+) -> tuple[list[Evaluation], dict[str, Scale]]:
+    """Every number of every entrant, by the same judges on the same prompts, and the scales of the scores.
+
+    scales: of an earlier evaluation, which stay. advance: told how many columns are judged.
+    """
+    data = data_responses(examples, features.encoder if features else None)
+    judged: list[list[Judged]] = [[] for _ in responded]
+    scales_used: dict[str, Scale] = {}
+    for number, column in enumerate(columns, start=1):
+        theirs = column.judge.measure(examples, data)
+        ours = [column.judge.measure(examples, r.responses) for r in responded]
+        references = [column.judge.measure(examples, r.reference) if r.reference else None for r in responded]
+        scale = (scales or {}).get(column.name) or fitted_scale(column.judge, responded, references, theirs, ours)
+        if scale:
+            scales_used[column.name] = scale
+        for table, measures, reference in zip(judged, ours, references, strict=True):
+            table.append(_judged(column, measures, theirs, reference, scale))
+        advance(number)
+    evaluations = [evaluation_of(settings, examples, r, table) for r, table in zip(responded, judged, strict=True)]
+    return evaluations, scales_used
+
+
+def _judged(
+    column: Column, ours: list[Any], data: list[Any], reference: list[Any] | None, scale: Scale | None
+) -> Judged:
+    judge = column.judge
+    scores = [judge.scores(measure) for measure in ours]
+    return Judged(
+        column,
+        win_rates=win_rates(judge, ours, data),
+        reference_win_rates=win_rates(judge, ours, reference) if reference else [],
+        scores=None if scores[0] is None else scores,  # type: ignore[arg-type]  # a judge scores all or none
+        scale=scale,
+    )
+
+
+def evaluation_of(
+    settings: Settings, examples: Sequence[Example], responded: Responded, judged: Sequence[Judged]
 ) -> Evaluation:
-    """Win rates of sampled responses on test prompts, with bootstrap intervals over prompts, and the sampled KL."""
-    examples = evaluated_prompts(test, config.prompts, seed)
-    given = data_answers(examples, models.policy.encoder)
-    answers = sampled_answers(models.policy, examples, config.responses, sampling, seed + POLICY_SEED, models.condition)
-    features = PreferenceFeatures(models.judge, models.policy.encoder, models.policy.collate)
-    results, rates = {}, {}
-    for k, objective in enumerate(data.objectives):
-        judge = own_judge(objective, data.world, features, k)
-        found = win_rates(judge, judge.measure(examples, answers), judge.measure(examples, given))
-        rates[objective.name] = found
-        values = np.array([r.mean() for r in found])
-        asked = thresholds.get(objective.name)
-        interval = bootstrap_ci(values, config.bootstrap, seed)
-        results[objective.name] = ObjectiveResult(
-            objective.role,
-            asked,
-            float(values.mean()),
-            interval,
-            estimated.get(objective.name),
-            None if asked is None else bool(values.mean() >= asked),
-            judge.title,
-            verdict(interval, asked),
-        )
-    return Evaluation(results, sampled_kl(models, examples, answers), samples_of(examples, answers, rates))
+    measured = [(j.column, measured_by(settings, responded, j)) for j in judged]
+    subject, texts = responded.subject, responded.responses.texts
+    return Evaluation(
+        name=subject.name,
+        path=subject.path,
+        kind=subject.kind,
+        objectives={column.name: m for column, m in measured if column.objective},
+        scorers={column.name: m for column, m in measured if not column.objective},
+        kl=responded.kl,
+        cut_off=responded.cut_off,
+        wording=wording(responded.responses),
+        reference_wording=wording(responded.reference) if responded.reference else None,
+        oracle=responded.oracle,
+        prompts=len(texts),
+        responses=sum(map(len, texts)),
+        seed=settings.seed,
+        seconds=responded.seconds,
+        samples=scored_samples(examples, responded, judged),
+        by_prompt={j.column.name: _values(j) for j in judged},
+    )
 
 
-def sampled_kl(models: Models, examples: Sequence[Example], answers: Answers) -> float:
-    """KL to the first reference in nats a response, from the policy's own samples."""
-    assert answers.tokens is not None
-    now = models.policy.logps(asked_rows(models.policy.encoder, examples, answers, models.condition))
-    before = models.policy.logps_under(models.initial, answers.tokens)
-    return mean_log_ratio(now, before)
+def measured_by(settings: Settings, responded: Responded, judged: Judged) -> Measured:
+    """One column of one entrant."""
+    column, subject = judged.column, responded.subject
+
+    def mean(values: np.ndarray) -> tuple[float, Interval]:
+        if not len(values):
+            return math.nan, UNKNOWN
+        return float(values.mean()), bootstrap_ci(values, settings.evaluation.bootstrap, settings.seed)
+
+    rates, scores = _means(judged.win_rates), _means(judged.scores or [])
+    rate, interval = mean(rates[~np.isnan(rates)])
+    reference_rate, reference_interval = mean(_means(judged.reference_win_rates))
+    score, score_interval = mean(scores)
+    normalised, normalised_interval = mean(judged.scale(scores)) if judged.scale else (math.nan, UNKNOWN)
+    threshold = subject.thresholds.get(column.name)
+    bound = None if math.isnan(rate) else threshold
+    measured = Measured(
+        role=column.objective.role if column.objective else "scorer",
+        threshold=threshold,
+        win_rate=rate,
+        win_rate_ci95=interval,
+        estimated_win_rate=subject.estimated.get(column.name),
+        satisfied=None if bound is None else rate >= bound,
+        judge=column.judge.title,
+        satisfied_with_confidence=verdict(interval, bound),
+        reference_win_rate=reference_rate,
+        reference_win_rate_ci95=reference_interval,
+        score=score,
+        score_ci95=score_interval,
+        normalised_score=normalised,
+        normalised_score_ci95=normalised_interval,
+    )
+    exact = responded.exact.get(column.name) if column.judge.title == "exact" else None
+    return measured if exact is None else measured.settled(exact)
 
 
-def asked_rows(encoder: Encoder, examples: Sequence[Example], answers: Answers, condition: str) -> list[TokenRow]:
-    """Sampled responses behind the prompts that were asked: with the condition in front."""
-    assert answers.tokens is not None
-    told = encoder.conditioned(condition)
-    return [TokenRow(encoded_prompt(told, e), row.responses) for e, row in zip(examples, answers.tokens, strict=True)]
+def _means(values: Sequence[np.ndarray]) -> np.ndarray:
+    return np.array([float(v.mean()) for v in values])
 
 
-def mean_log_ratio(now: Sequence[torch.Tensor], before: Sequence[torch.Tensor]) -> float:
-    """Over prompts, of each one's mean over its responses: on a policy's own samples, its KL in nats a response."""
-    return float(np.mean([float((a - b).mean()) for a, b in zip(now, before, strict=True)]))
+def _values(judged: Judged) -> np.ndarray:
+    """(N,) values by prompt that runs are compared by: win rates, or scores where some prompt has no data."""
+    rates = _means(judged.win_rates)
+    return _means(judged.scores or []) if np.isnan(rates).any() else rates
 
 
-def samples_of(examples: Sequence[Example], answers: Answers, rates: dict[str, list[np.ndarray]]) -> list[Sample]:
-    return [
-        Sample(as_text(e.prompt), text, {name: round(float(found[i][m]), 4) for name, found in rates.items()})
-        for i, e in enumerate(examples)
-        for m, text in enumerate(answers.texts[i])
-    ]
+def scored_samples(examples: Sequence[Example], responded: Responded, judged: Sequence[Judged]) -> list[ScoredSample]:
+    samples = []
+    for i, (example, texts) in enumerate(zip(examples, responded.responses.texts, strict=True)):
+        for m, text in enumerate(texts):
+            rates = {j.column.name: round(float(j.win_rates[i][m]), 4) for j in judged}
+            scores = {j.column.name: float(j.scores[i][m]) for j in judged if j.scores}
+            samples.append(
+                ScoredSample(
+                    responded.subject.name,
+                    as_text(example.prompt),
+                    text,
+                    win_rate={name: rate for name, rate in rates.items() if not math.isnan(rate)},
+                    score=scores,
+                    normalised_score={
+                        j.column.name: float(j.scale(j.scores[i][m])) for j in judged if j.scores and j.scale
+                    },
+                )
+            )
+    return samples
 
 
-def settle(evaluation: Evaluation, exact: Exact | None) -> Evaluation:
-    """The evaluation with `satisfied` decided by the exact win rates, where there are any."""
-    if exact is None:
-        return evaluation
-    objectives = {name: settled(r, exact.win_rate[name]) for name, r in evaluation.objectives.items()}
-    return replace(evaluation, objectives=objectives)
+def fitted_scale(
+    judge: Judge,
+    responded: Sequence[Responded],
+    references: Sequence[list[Any] | None],
+    data: list[Any],
+    ours: Sequence[list[Any]],
+) -> Scale | None:
+    """Fitted on the first reference's responses, else on the data's, else on the first entrant's."""
+    names = [r.subject.name for r in responded]
+    sources = [(reference, f"the reference of {n}") for n, reference in zip(names, references, strict=True)]
+    sources += [(data, "the data's responses"), (ours[0], f"the responses of {names[0]}")]
+    for measures, title in sources:
+        scores = [judge.scores(measure) for measure in measures or ()]
+        if scores and all(s is not None and len(s) for s in scores):
+            return fit_scale(np.concatenate(scores), title)  # type: ignore[arg-type]
+    return None
+
+
+def wording(responses: JudgedResponses) -> Wording:
+    texts = [text for of_prompt in responses.texts for text in of_prompt]
+    return Wording(float(np.mean([len(text.split()) for text in texts])), distinct(texts, 1), distinct(texts, 2))

@@ -16,12 +16,12 @@ from mopo_cli.data.batches import Collator
 from mopo_cli.data.encoder import Encoder
 from mopo_cli.data.prepare import as_text
 from mopo_cli.data.table import TokenRow
-from mopo_cli.judging.scorers import Scores
+from mopo_cli.judging.scorers import Rows, Scores
 from mopo_cli.models.preference import PreferenceModel, features_of, win_probabilities
 
 
 @dataclass(eq=False)
-class Answers:
+class JudgedResponses:
     """One source's responses to the prompts that are evaluated: any number to each."""
 
     texts: list[list[str]]
@@ -34,7 +34,7 @@ class Judge(Protocol):
 
     title: str
 
-    def measure(self, examples: Sequence[Example], answers: Answers) -> list[Any]:
+    def measure(self, examples: Sequence[Example], responses: JudgedResponses) -> list[Any]:
         """What it found of each prompt's responses."""
         ...
 
@@ -55,8 +55,8 @@ class ExactJudge:
     objective: str  # the world's name for it
     title: str = "exact"
 
-    def measure(self, examples: Sequence[Example], answers: Answers) -> list[Any]:
-        return [(str(e.prompt), texts) for e, texts in zip(examples, answers.texts, strict=True)]
+    def measure(self, examples: Sequence[Example], responses: JudgedResponses) -> list[Any]:
+        return [(str(e.prompt), texts) for e, texts in zip(examples, responses.texts, strict=True)]
 
     def wins(self, first: Any, second: Any) -> np.ndarray:
         (prompt, ours), (_, theirs) = first, second
@@ -78,11 +78,11 @@ class ScoreJudge:
     title: str
     margin: float = 0.0
 
-    def measure(self, examples: Sequence[Example], answers: Answers) -> list[Any]:
+    def measure(self, examples: Sequence[Example], responses: JudgedResponses) -> list[Any]:
         """(N,) scores of each prompt's responses; the same response to the same prompt is scored once."""
-        rows = {(i, text): (e, text) for i, e in enumerate(examples) for text in answers.texts[i]}
-        known = dict(zip(rows, self.function(list(rows.values())), strict=True))
-        return [np.array([known[i, text] for text in texts]) for i, texts in enumerate(answers.texts)]
+        rows = {(i, text): (e, text) for i, e in enumerate(examples) for text in responses.texts[i]}
+        scored = dict(zip(rows, self.function(list(rows.values())), strict=True))
+        return [np.array([scored[i, text] for text in texts]) for i, texts in enumerate(responses.texts)]
 
     def wins(self, first: Any, second: Any) -> np.ndarray:
         gap = first[:, None] - second[None, :]
@@ -99,17 +99,19 @@ class PreferenceFeatures:
     """A preference model with the tokenizer that it reads through; its features serve all its objectives."""
 
     model: PreferenceModel
+    names: Sequence[str]  # of its objectives, in the order of its outputs
     encoder: Encoder
     collate: Collator
-    known: dict[int, tuple[Answers, list[Tensor]]] = field(default_factory=dict)
+    cache: dict[int, tuple[JudgedResponses, list[Tensor]]] = field(default_factory=dict)
 
-    def __call__(self, examples: Sequence[Example], answers: Answers) -> list[Tensor]:
+    def __call__(self, examples: Sequence[Example], responses: JudgedResponses) -> list[Tensor]:
         """(G, K, D) features of each prompt's responses."""
-        if id(answers) not in self.known:
-            own = answers.encoder is self.encoder and answers.tokens is not None
-            rows = answers.tokens if own else [self._row(e, t) for e, t in zip(examples, answers.texts, strict=True)]
-            self.known[id(answers)] = answers, features_of(self.model, rows or [], self.collate)
-        return self.known[id(answers)][1]
+        if id(responses) not in self.cache:
+            rows = responses.tokens
+            if rows is None or responses.encoder is not self.encoder:
+                rows = [self._row(e, texts) for e, texts in zip(examples, responses.texts, strict=True)]
+            self.cache[id(responses)] = responses, features_of(self.model, rows, self.collate)
+        return self.cache[id(responses)][1]
 
     def _row(self, example: Example, texts: list[str]) -> TokenRow:
         """Texts of another tokenizer in this one's tokens, cut where they would not fit; they keep their end token."""
@@ -126,8 +128,8 @@ class PreferenceJudge:
     column: int
     title: str = "preference model"
 
-    def measure(self, examples: Sequence[Example], answers: Answers) -> list[Any]:
-        return self.features(examples, answers)
+    def measure(self, examples: Sequence[Example], responses: JudgedResponses) -> list[Any]:
+        return self.features(examples, responses)
 
     def wins(self, first: Any, second: Any) -> np.ndarray:
         return win_probabilities(self.features.model, first, second)[:, :, self.column].double().numpy()
@@ -137,23 +139,39 @@ class PreferenceJudge:
         return None if self.features.model.rank else measured[:, self.column, 0].double().numpy()
 
 
-def objective_scores(objective: Objective) -> Scores:
-    """The scorer of a computed objective."""
-    assert objective.scorer is not None
-    scorer = objective.scorer
-    return lambda rows: np.array([float(scorer(as_text(e.prompt), text, e.context)) for e, text in rows])
-
-
 def encoded_prompt(encoder: Encoder, example: Example) -> list[int]:
     """The prompt's tokens as in training: a plain one is ended by a newline where the data's responses need it."""
     return encoder.prompt_ids(example.prompt, example.responses[0] if example.responses else "x")
 
 
-def own_judge(objective: Objective, world: object | None, features: PreferenceFeatures | None, column: int) -> Judge:
+def own_judge(objective: Objective, world: object | None, features: PreferenceFeatures | None) -> Judge:
     """The best judge of an objective without a gold scorer: its own function, the exact world, the preference model."""
     if objective.scorer is not None:
-        return ScoreJudge(objective_scores(objective), "computed", objective.margin)
+        return computed_judge(objective)
     if isinstance(world, World):
         return ExactJudge(world, objective.source)
     assert features is not None
-    return PreferenceJudge(features, column)
+    return PreferenceJudge(features, features.names.index(objective.name))
+
+
+def computed_judge(objective: Objective) -> ScoreJudge:
+    """The judge of an objective that has a function of its own."""
+    scorer = objective.scorer
+    assert scorer is not None
+
+    def scores(rows: Rows) -> np.ndarray:
+        return np.array([float(scorer(as_text(e.prompt), text, e.context)) for e, text in rows])
+
+    return ScoreJudge(scores, "computed", objective.margin)
+
+
+def computed_judges(objectives: Sequence[Objective]) -> list[tuple[int, ScoreJudge]]:
+    """The judges of those objectives that have functions of their own, with their places."""
+    return [(k, computed_judge(objective)) for k, objective in enumerate(objectives) if objective.scorer is not None]
+
+
+def win_rates(judge: Judge, ours: Sequence[Any], theirs: Sequence[Any]) -> list[np.ndarray]:
+    """(M,) mean win rates of each prompt's M responses against the others to the same prompt, from their measures; NaN
+    where there are no others."""
+    wins = [judge.wins(first, second) for first, second in zip(ours, theirs, strict=True)]
+    return [w.mean(axis=1) if w.shape[1] else np.full(len(w), np.nan) for w in wins]

@@ -13,8 +13,8 @@ from torch import Tensor
 from mopo_cli.base.types import Example, Objective
 from mopo_cli.data.batches import Collator
 from mopo_cli.data.prepare import as_text
-from mopo_cli.data.rows import preference
 from mopo_cli.data.table import TokenRow
+from mopo_cli.judging.judges import JudgedResponses, computed_judges, win_rates
 from mopo_cli.maths.estimates import leave_one_out
 from mopo_cli.models.preference import PreferenceModel, features_of, win_probabilities
 from mopo_cli.models.sampling import Drawn
@@ -46,11 +46,11 @@ def judge_rows(
     A computed objective's labels are exact, so they are always taken.
     """
     features = features_of(model, tokens, collate)
-    taken = [k for k, objective in enumerate(objectives) if labels == "observed" or objective.scorer is not None]
+    labelled = [k for k, objective in enumerate(objectives) if labels == "observed" or objective.scorer is not None]
     win_rates = []
     for example, feature in zip(examples, features, strict=True):
         p = win_probabilities(model, feature, feature)
-        _write_labels(p, example, taken)
+        _write_labels(p, example, labelled)
         mask = torch.ones(1, len(feature), dtype=torch.bool)
         win_rates.append(leave_one_out(p[None], mask)[0])
     return JudgedRows(objectives, examples, tokens, features, win_rates)
@@ -77,11 +77,13 @@ def judge_samples(
     tokens = [TokenRow(rows.tokens[i].prompt, [d.ids for d in draws]) for i, draws in zip(numbers, drawn, strict=True)]
     features = features_of(model, tokens, collate)
     rates = [win_probabilities(model, f, rows.features[i]).mean(1) for i, f in zip(numbers, features, strict=True)]
-    for k, objective in enumerate(rows.objectives):
-        if objective.scorer is not None:
-            for rate, i, draws in zip(rates, numbers, drawn, strict=True):
-                values = computed_rates(objective, rows.examples[i], [d.text for d in draws])
-                rate[:, k] = torch.tensor(values, dtype=rate.dtype)
+    examples = [rows.examples[i] for i in numbers]
+    data = JudgedResponses([[as_text(response) for response in e.responses] for e in examples])
+    samples = JudgedResponses([[d.text for d in draws] for draws in drawn])
+    for k, judge in computed_judges(rows.objectives):
+        exact = win_rates(judge, judge.measure(examples, samples), judge.measure(examples, data))
+        for rate, values in zip(rates, exact, strict=True):
+            rate[:, k] = torch.from_numpy(values)
     return tokens, rates
 
 
@@ -101,25 +103,11 @@ def response_values(
         values = [torch.zeros(len(row.responses), len(objectives)) for row in rows]
     else:
         values = [features[..., 0].clone() for features in features_of(model, rows, collate)]
-    for k, objective in enumerate(objectives):
-        if objective.scorer is not None:
-            for value, example, said in zip(values, examples, texts, strict=True):
-                prompt = as_text(example.prompt)
-                value[:, k] = torch.tensor([score_text(objective, prompt, text, example.context) for text in said])
+    responses = JudgedResponses([list(said) for said in texts])
+    for k, judge in computed_judges(objectives):
+        for value, scores in zip(values, judge.measure(examples, responses), strict=True):
+            value[:, k] = torch.from_numpy(scores)
     return values
-
-
-def computed_rates(objective: Objective, example: Example, texts: Sequence[str]) -> list[float]:
-    """(M,) win rates of texts against the data's responses under a computed objective."""
-    prompt = as_text(example.prompt)
-    data = [score_text(objective, prompt, as_text(r), example.context) for r in example.responses]
-    ours = [score_text(objective, prompt, text, example.context) for text in texts]
-    return [sum(preference(score, other, objective.margin) for other in data) / len(data) for score in ours]
-
-
-def score_text(objective: Objective, prompt: str, response: str, context: str) -> float:
-    assert objective.scorer is not None
-    return float(objective.scorer(prompt, response, context))
 
 
 def support_floor(logps: Sequence[Tensor], share: float) -> float:
@@ -131,8 +119,8 @@ def support_floor(logps: Sequence[Tensor], share: float) -> float:
     return float(torch.cat(list(logps)).double().quantile(share)) if share > 0 else -math.inf
 
 
-def empirical(rates: Tensor, known: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Win rates (N, M, K) and the log of the uniform distribution on the known of M samples; all where none is."""
-    known = known | ~known.any(1, keepdim=True)
-    uniform = torch.where(known, -known.sum(1, keepdim=True).double().log(), -math.inf)
+def empirical(rates: Tensor, supported: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Win rates (N, M, K) and the log of the uniform distribution on the supported of M samples; all where none is."""
+    supported = supported | ~supported.any(1, keepdim=True)
+    uniform = torch.where(supported, -supported.sum(1, keepdim=True).double().log(), -math.inf)
     return rates.double().numpy(), uniform.numpy()

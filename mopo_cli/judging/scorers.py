@@ -54,10 +54,10 @@ def check_scorers(scorers: Mapping[str, ScorerConfig], functions: Sequence[str])
 
 
 def _check_template(template: str | None, key: str) -> None:
-    for found in re.findall(r"\{(.*?)\}", template or ""):
-        if found not in FIELDS:
+    for field in re.findall(r"\{(.*?)\}", template or ""):
+        if field not in FIELDS:
             allowed = " ".join(f"{{{name}}}" for name in FIELDS)
-            raise UserError(f"{key}: has {{{found}}}; a template is made from {allowed}")
+            raise UserError(f"{key}: has {{{field}}}; a template is made from {allowed}")
 
 
 def _check_function(node: object, key: str, functions: Sequence[str]) -> None:
@@ -89,9 +89,9 @@ class _Function:
     key: str
 
     def __call__(self, rows: Rows) -> np.ndarray:
-        return np.array([self._one(*row) for row in rows])
+        return np.array([self._score(*row) for row in rows])
 
-    def _one(self, example: Example, response: str) -> float:
+    def _score(self, example: Example, response: str) -> float:
         try:
             value = float(self.function(as_text(example.prompt), response, example.context))
         except UserError:
@@ -148,7 +148,7 @@ class Classifier:
             "bos": self.tokenizer.bos_token or "",
         }
         templates = [self.config.text] + ([self.config.text_pair] if self.config.text_pair is not None else [])
-        return tuple(re.sub(r"\{(\w+)\}", lambda found: str(values[found.group(1)]), t) for t in templates)
+        return tuple(re.sub(r"\{(\w+)\}", lambda match: str(values[match.group(1)]), t) for t in templates)
 
     @torch.no_grad()
     def _batch(self, texts: list[tuple[str, ...]]) -> np.ndarray:
@@ -172,28 +172,31 @@ class Classifier:
         positions = getattr(self.model.config, "max_position_embeddings", None)
         if self.model.config.model_type in ("roberta", "xlm-roberta", "camembert") and positions:
             positions -= 2  # they count from the padding token's number on
-        known = self.tokenizer.model_max_length if self.tokenizer.model_max_length < 10**6 else None
-        return min((n for n in (self.config.max_length, positions, known) if n), default=None)
+        longest = self.tokenizer.model_max_length
+        limits = (self.config.max_length, positions, longest if longest < 10**6 else None)
+        return min((limit for limit in limits if limit), default=None)
 
 
 def label_index(model: PreTrainedModel, config: ScorerConfig, key: str) -> int | None:
     """Which output is the score; None for a model of one output. UserError where the label and the model disagree."""
     size = int(model.config.num_labels)  # type: ignore[arg-type]
     names: dict[int, str] = model.config.id2label or {}  # type: ignore[assignment]
-    own = [str(names.get(i, f"LABEL_{i}")) for i in range(size)]
-    named = not all(GENERIC.fullmatch(label) for label in own)
+    classes = [str(names.get(i, f"LABEL_{i}")) for i in range(size)]
+    named = not all(GENERIC.fullmatch(label) for label in classes)
     if config.label is None:
         if size != 1:
-            raise UserError(f"{key}.label: not set, and the model has {size} classes; choose one of {', '.join(own)}")
+            raise UserError(
+                f"{key}.label: not set, and the model has {size} classes; choose one of {', '.join(classes)}"
+            )
         return None
-    if config.labels and named and [x.lower() for x in own] != [x.lower() for x in config.labels]:
-        raise UserError(f"{key}.labels={config.labels}: the model's config has {own}")
-    labels = own if named or not config.labels else config.labels
-    found = [i for i, label in enumerate(labels) if label.lower() == config.label.lower()]
-    if not found:
+    if config.labels and named and [x.lower() for x in classes] != [x.lower() for x in config.labels]:
+        raise UserError(f"{key}.labels={config.labels}: the model's config has {classes}")
+    labels = classes if named or not config.labels else config.labels
+    matching = [i for i, label in enumerate(labels) if label.lower() == config.label.lower()]
+    if not matching:
         hint = "" if named or config.labels else f"; it names none, so give {key}.labels in their order"
         raise UserError(f"{key}.label={config.label}: the model has no such class; allowed: {', '.join(labels)}{hint}")
-    return found[0]
+    return matching[0]
 
 
 def dialogue(prompt: Text) -> str:
@@ -206,8 +209,8 @@ def dialogue(prompt: Text) -> str:
 
 def document(prompt: str) -> str:
     """The post or article in a prompt that ends with TL;DR: (data/corpora.py); any other prompt as it is."""
-    found = re.search(r"(?:^|\n\n)(?:POST: |Article:\n)(.*)\n\nTL;DR:\s*$", prompt, re.DOTALL)
-    return found.group(1) if found else prompt
+    match = re.search(r"(?:^|\n\n)(?:POST: |Article:\n)(.*)\n\nTL;DR:\s*$", prompt, re.DOTALL)
+    return match.group(1) if match else prompt
 
 
 # --------------------------------------------------------------------------------------------- scale

@@ -13,7 +13,8 @@ from mopo_cli.base.processes import part_ways
 from mopo_cli.config import checks
 from mopo_cli.config.schema import TrainConfig
 from mopo_cli.evaluation.records import Models
-from mopo_cli.pipeline.finish import Outcome, finish
+from mopo_cli.pipeline.finish import evaluate_run, finish
+from mopo_cli.pipeline.outcome import Outcome
 from mopo_cli.runs.directory import RunDirectory
 from mopo_cli.runs.session import quiet_libraries, recorded
 from mopo_cli.runs.tracking import wandb_mode
@@ -30,25 +31,35 @@ def check(config: TrainConfig) -> None:
     method_of(config)
 
 
-def train(config: TrainConfig, composed: DictConfig, run: RunDirectory, accelerator: Accelerator) -> Outcome:
+def train(config: TrainConfig, composed: DictConfig, run: RunDirectory, accelerator: Accelerator) -> None:
     """The whole main path. Bad input raises UserError before the run directory exists."""
     started = time.perf_counter()
     quiet_libraries()
     set_seed(config.seed)
     method = method_of(config)
     inputs = prepare_inputs(config, method.longest_condition)
+    data, policy = inputs.data, inputs.policy
     if check := getattr(method, "check", None):
         check(inputs)
-    with recorded(accelerator, config, composed, run, inputs.data) as tracker:
+    with recorded(accelerator, config, composed, run, data) as tracker:
         fit_or_load_reference(config, accelerator, inputs, run.reference)
-        initial = inputs.policy.snapshot()
+        initial = policy.snapshot()
         judge, accuracy = fit_or_load_judge(config, accelerator, inputs, run.preference_model)
         aligned = method.align(Setting(config, accelerator, inputs, judge, initial, run, tracker))
         part_ways()
         if not accelerator.is_main_process:
-            return Outcome("infeasible" if aligned.infeasible else "done")
-        models = Models(inputs.policy, initial, judge, aligned.condition, config.cache)
-        return finish(config, inputs, models, aligned, accuracy, run, tracker, started)
-
-
-__all__ = ["Outcome", "train"]
+            return
+        policy.save(run.model)
+        if aligned.directions is not None:
+            aligned.directions.save(run.model)
+        models = Models(policy, initial, aligned.condition, config.cache)
+        outcome = Outcome(
+            config=config,
+            objectives=data.objectives,
+            aligned=aligned,
+            evaluation=evaluate_run(config, inputs, models, judge, aligned, run),
+            heldout_accuracy=dict(zip(data.names, accuracy, strict=True)),
+            history=tracker.history,
+            measured_prompts=min(config.onpolicy.prompts, len(inputs.examples["heldout"])),
+        )
+        finish(outcome, data.provenance, run, tracker, started)

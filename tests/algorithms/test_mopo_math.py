@@ -16,8 +16,17 @@ from scipy.optimize import minimize
 from scipy.stats import chi2
 from torch import Tensor
 
-from mopo_cli.algorithms.mopo.core import LogpBatch, Mopo, bc_loss, refresh_due, regression_loss, scheduled_thresholds
+from mopo_cli.algorithms.mopo.core import (
+    LogpBatch,
+    Mopo,
+    bc_loss,
+    refresh_due,
+    regression_loss,
+    scheduled_thresholds,
+    unattainable,
+)
 from mopo_cli.base.errors import UserError
+from mopo_cli.base.types import Objective
 from mopo_cli.maths.bounds import (
     auto_epsilon,
     chi_gradient,
@@ -674,3 +683,15 @@ def test_settings_outside_what_is_allowed(change, told):
     with pytest.raises(UserError) as caught:
         method(**change)
     assert told in str(caught.value)
+
+
+def test_thresholds_out_of_reach_are_told_before_training():
+    objectives = [
+        Objective("helpful", "primary", "helpful"),
+        Objective("harmless", "secondary", "harmless", threshold=0.55),
+        Objective("concise", "secondary", "concise"),
+    ]
+    (text,) = unattainable(objectives, [0.95, 0.5], [0.8, 0.7])
+    assert text.startswith("objectives.harmless.threshold=0.95 looks out of reach")
+    assert "win 0.80 on average" in text
+    assert unattainable(objectives, [0.95, 0.5], []) == []

@@ -12,12 +12,13 @@ import baselines
 import numpy as np
 import pytest
 from browser import chromium, tab
+from evaluations import evaluation
 from run_directories import FRONT, write_methods, write_run, write_sweep
 from running import TINY, Finished
 
 from mopo_cli.base.files import read_lines
 from mopo_cli.evaluation.card import model_card
-from mopo_cli.evaluation.records import Evaluation, Exact, ObjectiveResult
+from mopo_cli.evaluation.records import Evaluation, Exact, Measured
 from mopo_cli.evaluation.show import show_results
 from mopo_cli.maths.pareto import dominated_volume, hypervolume
 from mopo_cli.report import build, groups, page
@@ -234,14 +235,14 @@ class TestFigures:
 
 class TestWithoutThresholds:
     def test_console(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-        def evaluation(threshold: float | None) -> Evaluation:
-            result = ObjectiveResult("secondary", threshold, 0.5, (0.4, 0.6), None, None, "exact")
-            return Evaluation({"a": replace(result, role="primary", threshold=None), "b": result}, 0.3, [])
+        def asked(threshold: float | None, oracle: Exact) -> Evaluation:
+            result = Measured("secondary", threshold, 0.5, (0.4, 0.6), None, None, "exact")
+            return evaluation({"a": replace(result, role="primary", threshold=None), "b": result}, 0.3, oracle)
 
         rates = {"a": 0.5, "b": 0.5}
         exact = Exact(rates, rates, 0.0, 0.3, 0.7, {"b": 0.1}, 0.0, True, rates, rates, 1.0)
         for threshold, there in ((None, False), (0.4, True)):
-            show_results(evaluation(threshold), exact, RunDirectory(tmp_path))
+            show_results(asked(threshold, exact), RunDirectory(tmp_path))
             text = capsys.readouterr().out
             assert all((word in text) == there for word in ("threshold", "satisfied", "optimum"))
             assert "exact" in text

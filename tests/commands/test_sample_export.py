@@ -134,6 +134,13 @@ class TestCard:
         for told in ("KL to the reference: 0.250", "- labels: people", "- λ grows", "    mopo train x=1", "'Q?\\n'"):
             assert told in text
 
+    def test_an_algorithm_says_what_it_was_trained_for(self):
+        aim = "objectives weighed helpful 0.7, safe|r 0.3"
+        text = model_card(self.settings, {**self.summary, "aim": aim}, {})
+        assert "seed 0): objectives weighed helpful 0.7, safe\\|r 0.3.\n" in text
+        text = model_card(self.settings, {**self.summary, "aim": ""}, {})
+        assert "seed 0): as helpful as possible, with safe\\|r at least 0.550.\n" in text
+
     def test_text_of_others_is_no_markup(self):
         told = model_card(self.settings, self.summary, {"source": "<script>alert(1)</script>\n# title"})
         assert "<script>" not in told

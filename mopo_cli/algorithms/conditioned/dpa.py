@@ -34,7 +34,7 @@ from mopo_cli.algorithms.conditioned.lessons import (
     split_steps,
     standardised,
 )
-from mopo_cli.algorithms.contract import Aligned, finished
+from mopo_cli.algorithms.contract import Aligned, aim_of, finished
 from mopo_cli.algorithms.rollouts import Sampler, unusable
 from mopo_cli.data.directions import Directions, spelled
 from mopo_cli.training.checkpoints import Setting, Work
@@ -92,7 +92,13 @@ class Dpa:
         work = Work()
         own = [self.rounds, self.first_share, self.prompts, self.directions, self.responses]
         found = kept_policy(setting, "dpa", [policy_settings(setting), own], work, lambda: self.fit(setting, work))
-        return Aligned(finished(work), condition=self.condition, directions=self.told, off_support=found["off_support"])
+        return Aligned(
+            finished(work),
+            aim=aim_of(setting, alike=True),
+            condition=self.condition,
+            directions=self.told,
+            off_support=found["off_support"],
+        )
 
     def fit(self, setting: Setting, work: Work) -> dict[str, Any]:
         values = data_values(setting)

@@ -37,7 +37,7 @@ from mopo_cli.algorithms.conditioned.lessons import (
     split_steps,
     standardised,
 )
-from mopo_cli.algorithms.contract import Aligned, finished
+from mopo_cli.algorithms.contract import Aligned, aim_of, finished
 from mopo_cli.algorithms.rollouts import Sampler, unusable
 from mopo_cli.base.errors import UserError
 from mopo_cli.data.directions import MAPS, Directions, spelled
@@ -127,6 +127,7 @@ class Ric:
         told = Directions(self.names, tuple(found["low"]), tuple(found["high"]), self.map, 1)
         return Aligned(
             finished(work),
+            aim=aim_of(setting, alike=True),
             condition=told.condition(self.direction, "algorithm.direction"),
             directions=told,
             off_support=found["off_support"],

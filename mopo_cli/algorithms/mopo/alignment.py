@@ -19,11 +19,10 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from mopo_cli.algorithms.contract import Aligned
-from mopo_cli.algorithms.mopo.core import LogpBatch, Mopo, refresh_due
+from mopo_cli.algorithms.mopo.core import LogpBatch, Mopo, refresh_due, unattainable
 from mopo_cli.base.console import warn
 from mopo_cli.data.batches import batch_rows
 from mopo_cli.data.table import TokenRow, row_length
-from mopo_cli.evaluation.diagnostics import unattainable
 from mopo_cli.judging.rows import SUPPORTING, JudgedRows, empirical, judge_rows, judge_samples, support_floor
 from mopo_cli.maths.estimates import Estimate, sampled_estimate
 from mopo_cli.maths.oracle import attainable, solve

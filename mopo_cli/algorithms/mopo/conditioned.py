@@ -25,14 +25,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mopo_cli.algorithms.conditioned.lessons import policy_settings
 from mopo_cli.algorithms.contract import Aligned, finished
-from mopo_cli.algorithms.mopo.core import Mopo, regression_loss
+from mopo_cli.algorithms.mopo.core import Mopo, regression_loss, unattainable
 from mopo_cli.base.console import warn
 from mopo_cli.base.errors import UserError
 from mopo_cli.data.batches import batch_rows
 from mopo_cli.data.directions import Levels, spelled
 from mopo_cli.data.encoder import Encoder
 from mopo_cli.data.table import TokenRow, row_length
-from mopo_cli.evaluation.diagnostics import unattainable
 from mopo_cli.judging.judges import encoded_prompt
 from mopo_cli.judging.rows import SUPPORTING, JudgedRows, empirical, judge_rows, judge_samples, support_floor
 from mopo_cli.maths.estimates import Estimate, against_all, sampled_estimate

@@ -11,6 +11,7 @@ log-probs and win rates only, so a language model and a tabular policy share thi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mopo_cli.base.errors import UserError
+from mopo_cli.base.types import Objective
 from mopo_cli.maths.bounds import dual_newton_step, dual_step
 from mopo_cli.maths.estimates import Estimate, against_all, importance_ratio, scalarise, weighted_estimate
 
@@ -221,3 +223,15 @@ class Mopo:
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
         self.state = State(**values)
+
+
+def unattainable(
+    objectives: Sequence[Objective], thresholds: Sequence[float], attainable: Sequence[float]
+) -> list[str]:
+    """Before training: thresholds above what the reference's own samples reach at best."""
+    return [
+        f"objectives.{o.name}.threshold={b:g} looks out of reach: the best of the reference's samples for each prompt "
+        f"win {best:.2f} on average"
+        for o, b, best in zip(objectives[1:], thresholds, attainable, strict=False)
+        if b > best
+    ]

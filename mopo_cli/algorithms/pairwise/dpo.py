@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from mopo_cli.algorithms.contract import Aligned, finished
+from mopo_cli.algorithms.contract import Aligned, aim_of, finished
 from mopo_cli.algorithms.pairwise.batches import PairLogps, fit_pairs, weighted_labels
 from mopo_cli.base.errors import UserError
 from mopo_cli.config.checks import normalised_weights
@@ -99,7 +99,7 @@ class Dpo:
     def align(self, setting: Setting) -> Aligned:
         work = Work()
         fit_pairs(setting, self.loss, self.weights, work, title=f"alignment ({self.title})")
-        return Aligned(finished(work))
+        return Aligned(finished(work), aim=aim_of(setting, alike=False))
 
     def expert(self, setting: Setting, name: str, work: Work, first: int) -> None:
         """Leaves in setting.inputs.policy what this makes of the reference; trained once for all runs that ask for it.

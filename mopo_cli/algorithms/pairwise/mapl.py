@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from mopo_cli.algorithms.contract import Aligned, finished
+from mopo_cli.algorithms.contract import Aligned, aim_of, finished
 from mopo_cli.algorithms.pairwise.batches import Beside, fit_pairs, judged
 from mopo_cli.algorithms.pairwise.dpo import Dpo
 from mopo_cli.algorithms.pairwise.instructions import (
@@ -247,7 +247,7 @@ class Mapl:
         work = finished(work)
         if told:
             self.measure(setting)
-        return Aligned(work)
+        return Aligned(work, aim=aim_of(setting, alike=False))
 
     def telling(self, setting: Setting) -> Telling:
         return Telling(self.most, self.kinds, ACROSS[self.across], setting.config.seed)

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mopo_cli.algorithms.contract import Aligned, finished
+from mopo_cli.algorithms.contract import Aligned, aim_of, finished
 from mopo_cli.algorithms.pairwise.batches import PairLogps, fit_pairs, labelled_rows, visited_rows
 from mopo_cli.algorithms.pairwise.dpo import Dpo, log_ratio_difference, pair_loss
 from mopo_cli.base.errors import UserError
@@ -114,7 +114,7 @@ class Modpo:
         setting.inputs.policy.put(setting.initial)
         first = len(self.others) * setting.config.steps if self.margin == "implicit" else 0
         fit_pairs(setting, self.loss, trained, work, title="alignment (modpo)", rewards=rewards, first=first)
-        return Aligned(finished(work))
+        return Aligned(finished(work), aim=aim_of(setting, alike=True))
 
     def rewards(self, setting: Setting, rows: Sequence[int], work: Work) -> dict[int, Tensor]:
         """(G, J) rewards of each row's responses under the other objectives."""

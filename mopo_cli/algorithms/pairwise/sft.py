@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from mopo_cli.algorithms.contract import Aligned, finished
+from mopo_cli.algorithms.contract import Aligned, aim_of, finished
 from mopo_cli.algorithms.pairwise.batches import PairLogps, fit_pairs, weighted_labels
 from mopo_cli.config.checks import normalised_weights
 from mopo_cli.training.checkpoints import Setting, Work
@@ -43,4 +43,4 @@ class Sft:
         work = Work()
         title = "alignment (sft)"
         fit_pairs(setting, self.loss, self.weights, work, title=title, with_reference=False, count=self.tokens)
-        return Aligned(finished(work))
+        return Aligned(finished(work), aim=aim_of(setting, alike=False))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AutoTokenizer
 
-from mopo_cli.algorithms.contract import Aligned, finished
+from mopo_cli.algorithms.contract import Aligned, aim_of, finished
 from mopo_cli.algorithms.pairwise.dpo import Dpo
 from mopo_cli.base.console import say, warn
 from mopo_cli.base.errors import UserError
@@ -111,7 +111,7 @@ class Soups:
         if setting.config.model.lora.r == 0 and self.merge == "products":
             say("algorithm.merge=products: the model has no LoRA; all its weights are averaged")
         cook(setting.inputs.policy, self.policies(setting, work), list(self.weights.values()), self.merge)
-        return Aligned(finished(work))
+        return Aligned(finished(work), aim=aim_of(setting, alike=True))
 
     def policies(self, setting: Setting, work: Work) -> Iterable[Snapshot]:
         """Each objective's policy, loaded or trained, one after the other."""

@@ -9,42 +9,71 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from evaluations import evaluation
 from running import TINY, Finished, read_json, read_metrics
 
+from mopo_cli.algorithms.contract import Aligned
 from mopo_cli.base.types import Objective
-from mopo_cli.evaluation.diagnostics import RunFacts, unattainable, warnings
+from mopo_cli.config.schema import TrainConfig
+from mopo_cli.evaluation.records import Measured
+from mopo_cli.pipeline.diagnostics import warnings
+from mopo_cli.pipeline.outcome import Outcome
+from mopo_cli.training.checkpoints import Work
 
 OBJECTIVES = (
     Objective("helpful", "primary", "helpful"),
     Objective("harmless", "secondary", "harmless", threshold=0.55),
     Objective("concise", "secondary", "concise"),
 )
-HEALTHY = RunFacts(
-    objectives=OBJECTIVES,
-    tau=0.08,
-    beta=0.9995,
-    t0=100,
-    steps=400,
-    batch_size=32,
-    prompts=128,
-    duals=[[0.5, 0.1], [0.6, 0.2]],
-    thresholds=[0.55, 0.51],
-    n_eff=[128.0, 256.0],
-    estimator="onpolicy",
-    kl=0.4,
-    entropy=[8.0, 7.0],
-    off_support=0.02,
-    attainable=[0.8, 0.7],
-    infeasible=(),
-    estimated={"helpful": 0.7, "harmless": 0.56, "concise": 0.52},
-    evaluated={"helpful": 0.71, "harmless": 0.55, "concise": 0.53},
-    noise={"helpful": 0.01, "harmless": 0.01, "concise": 0.01},
-    heldout_accuracy={"helpful": 0.7, "harmless": 0.65, "concise": math.nan},
-)
+HEALTHY: dict[str, Any] = {
+    "objectives": OBJECTIVES,
+    "tau": 0.08,
+    "beta": 0.9995,
+    "t0": 100,
+    "steps": 400,
+    "batch_size": 32,
+    "prompts": 128,
+    "duals": [[0.5, 0.1], [0.6, 0.2]],
+    "thresholds": [0.55, 0.51],
+    "n_eff": [128.0, 256.0],
+    "estimator": "onpolicy",
+    "kl": 0.4,
+    "entropy": [8.0, 7.0],
+    "off_support": 0.02,
+    "attainable": [0.8, 0.7],
+    "infeasible": (),
+    "estimated": {"helpful": 0.7, "harmless": 0.56, "concise": 0.52},
+    "evaluated": {"helpful": 0.71, "harmless": 0.55, "concise": 0.53},
+    "noise": {"helpful": 0.01, "harmless": 0.01, "concise": 0.01},
+    "heldout_accuracy": {"helpful": 0.7, "harmless": 0.65, "concise": math.nan},
+}
+
+
+def outcome(facts: dict[str, Any]) -> Outcome:
+    names = [objective.name for objective in facts["objectives"]]
+    measured = {}
+    for objective, threshold in zip(facts["objectives"], [None, *facts["thresholds"]], strict=True):
+        rate, noise = facts["evaluated"][objective.name], facts["noise"][objective.name]
+        interval = (rate - noise, rate + noise)
+        measured[objective.name] = Measured(objective.role, threshold, rate, interval, None, None, "exact")
+    duals = [{f"dual/{name}": dual for name, dual in zip(names[1:], row, strict=True)} for row in facts["duals"]]
+    return Outcome(
+        config=TrainConfig(**{key: facts[key] for key in ("tau", "beta", "t0", "steps", "batch_size")}),
+        objectives=facts["objectives"],
+        aligned=Aligned(
+            Work(),
+            **{key: facts[key] for key in ("estimated", "infeasible", "estimator", "attainable", "entropy")},
+            off_support=facts["off_support"],
+        ),
+        evaluation=evaluation(measured, facts["kl"]),
+        heldout_accuracy=facts["heldout_accuracy"],
+        history=[*duals, *({"n_eff": n} for n in facts["n_eff"])],
+        measured_prompts=facts["prompts"],
+    )
 
 
 def told(**changes: Any) -> list[str]:
-    return warnings(replace(HEALTHY, **changes))
+    return warnings(outcome(HEALTHY | changes))
 
 
 def only(**changes: Any) -> str:
@@ -80,9 +109,9 @@ class TestSigns:
         assert only(infeasible=("harmless",), attainable=()).endswith("lower this threshold or another one")
 
     def test_a_missed_threshold_beyond_the_noise(self):
-        evaluated = {**HEALTHY.evaluated, "harmless": 0.535}
+        evaluated = {**HEALTHY["evaluated"], "harmless": 0.535}
         assert only(evaluated=evaluated) == "harmless: the win rate 0.535 ± 0.010 is below the threshold 0.550"
-        assert told(evaluated=evaluated, noise={**HEALTHY.noise, "harmless": 0.02}) == []
+        assert told(evaluated=evaluated, noise={**HEALTHY["noise"], "harmless": 0.02}) == []
 
     @pytest.mark.parametrize("kl", [0.0, 5e-4, -5e-4])
     def test_a_policy_that_did_not_move_blames_tau_or_the_steps(self, kl: float):
@@ -124,12 +153,12 @@ class TestSigns:
         assert told(t0=math.inf, objectives=(*OBJECTIVES[:2], replace(OBJECTIVES[2], threshold=0.5))) == []
 
     def test_a_bound_that_lags_its_win_rate(self):
-        changes = {name: {**getattr(HEALTHY, name), "concise": 0.64} for name in ("estimated", "evaluated")}
+        changes = {name: {**HEALTHY[name], "concise": 0.64} for name in ("estimated", "evaluated")}
         text = only(**changes, beta=0.8, thresholds=[0.55, 0.51])
         assert text.startswith("concise: b=0.510 does not follow the win rate 0.640: beta=0.8 is too small, or t0=100")
 
     def test_a_bound_that_the_schedule_lowered(self):
-        changes = {name: {**getattr(HEALTHY, name), "concise": 0.4} for name in ("estimated", "evaluated")}
+        changes = {name: {**HEALTHY[name], "concise": 0.4} for name in ("estimated", "evaluated")}
         text = only(**changes, thresholds=[0.55, 0.4])
         assert text.startswith("concise: the schedule lowered b from 0.500 to 0.400, as the win rate fell")
         assert "objectives.concise.threshold" in text
@@ -139,12 +168,13 @@ class TestSigns:
         assert text == "note: lambda of concise was 0 throughout: this constraint does not bind here"
 
     def test_an_optimistic_estimate_gives_both_numbers(self):
-        text = only(estimated={**HEALTHY.estimated, "harmless": 0.61})
+        text = only(estimated={**HEALTHY["estimated"], "harmless": 0.61})
         assert text == "harmless: the run's own estimate 0.610 and the evaluation 0.550 disagree; trust the evaluation"
-        assert told(estimated={**HEALTHY.estimated, "harmless": 0.61}, noise=dict.fromkeys(HEALTHY.noise, 0.07)) == []
+        wide = dict.fromkeys(HEALTHY["noise"], 0.07)
+        assert told(estimated={**HEALTHY["estimated"], "harmless": 0.61}, noise=wide) == []
 
     def test_a_preference_model_that_cannot_tell(self):
-        text = only(heldout_accuracy={**HEALTHY.heldout_accuracy, "harmless": 0.51})
+        text = only(heldout_accuracy={**HEALTHY["heldout_accuracy"], "harmless": 0.51})
         assert text.startswith("harmless: the preference model orders held-out pairs right in 51% of cases")
 
     def test_a_run_that_ended_before_its_first_line(self):
@@ -157,16 +187,9 @@ class TestSigns:
         assert told(**alone, **rates) == []
 
     def test_what_harms_comes_first(self):
-        messages = told(duals=[[0.5, 0.0]], evaluated={**HEALTHY.evaluated, "harmless": 0.3}, kl=0.0)
+        messages = told(duals=[[0.5, 0.0]], evaluated={**HEALTHY["evaluated"], "harmless": 0.3}, kl=0.0)
         assert [text.startswith("note") for text in messages] == [False, False, False, True]
         assert messages[0].startswith("harmless: the win rate 0.300")
-
-
-def test_thresholds_out_of_reach_are_told_before_training():
-    (text,) = unattainable(OBJECTIVES, [0.95, 0.5], [0.8, 0.7])
-    assert text.startswith("objectives.harmless.threshold=0.95 looks out of reach")
-    assert "win 0.80 on average" in text
-    assert unattainable(OBJECTIVES, [0.95, 0.5], []) == []
 
 
 @pytest.mark.slow
