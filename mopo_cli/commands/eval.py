@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from mopo_cli.base.console import stage, warn
-from mopo_cli.config import checks, compose
+from mopo_cli.config import compose
 from mopo_cli.config.schema import EvalConfig
 from mopo_cli.evaluation import show
 from mopo_cli.evaluation.compare import compare, prepare, respond_all
@@ -19,7 +19,6 @@ from mopo_cli.runs.session import quiet_libraries
 def command(composed: DictConfig) -> int:
     """Evaluate, write the numbers, show them; exit status 0 though some runs may be unfinished."""
     settings: EvalConfig = compose.typed(composed, EvalConfig)
-    checks.check_eval(settings)
     check_scorers(settings.scorers, settings.functions)
     quiet_libraries()
     entrants, unfinished = find_entrants(settings)

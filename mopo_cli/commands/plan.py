@@ -16,7 +16,7 @@ from mopo_cli.base.console import say, show
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.files import write_json
 from mopo_cli.base.processes import build_accelerator
-from mopo_cli.config import checks, compose
+from mopo_cli.config import compose
 from mopo_cli.config.compose import algorithm_name
 from mopo_cli.config.schema import PlanConfig
 from mopo_cli.pipeline.train import check
@@ -31,7 +31,6 @@ def command(composed: DictConfig) -> int:
     """Predict, print, and write plan.json and a figure."""
     config: PlanConfig = compose.typed(composed, PlanConfig)
     check(config)
-    checks.check_plan(config)
     run = claim(config.run.dir, resume=False)
     started = time.perf_counter()
     quiet_libraries()

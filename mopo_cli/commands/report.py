@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from mopo_cli.base.console import say, warn
-from mopo_cli.config import checks, compose, schema
+from mopo_cli.config import compose, schema
 from mopo_cli.report import page
 from mopo_cli.report.build import build, draw, find, write
 
@@ -16,7 +16,6 @@ from mopo_cli.report.build import build, draw, find, write
 def command(composed: DictConfig) -> int:
     """`mopo report`: read the runs, write the page and its figures, say where they are."""
     settings: schema.ReportConfig = compose.typed(composed, schema.ReportConfig)
-    checks.check_report(settings)
     started = time.perf_counter()
     runs, kind, place = find(settings)
     out = Path(settings.out).expanduser() if settings.out else place

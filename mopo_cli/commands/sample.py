@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from mopo_cli.base.console import say, warn
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.types import Corpus, Example, Text
-from mopo_cli.config import checks, compose
+from mopo_cli.config import compose
 from mopo_cli.config.schema import SampleConfig
 from mopo_cli.data.directions import directions_of, parsed
 from mopo_cli.data.prepare import resolve_objectives
@@ -31,7 +31,6 @@ Rates = dict[str, list[np.ndarray]]  # by objective, (n,) win rates of each prom
 def command(composed: DictConfig, prompt: str | None = None) -> int:
     """Print responses. `prompt` is the text of prompt=, which is no config: any character may stand in it."""
     settings: SampleConfig = compose.typed(composed, SampleConfig)
-    check(settings)
     prompts = asked_prompts(settings, prompt)
     entrant = entrant_of(settings)
     condition = condition_of(entrant, settings.direction)
@@ -58,14 +57,6 @@ def command(composed: DictConfig, prompt: str | None = None) -> int:
                 say(line.rstrip())
             say(printable(response))
     return 0
-
-
-def check(settings: SampleConfig) -> None:
-    checks.check_sampling(settings.sampling)
-    if settings.n < 1:
-        raise UserError(f"n={settings.n}: must be 1 or more")
-    if settings.compare < 0:
-        raise UserError(f"compare={settings.compare}: must be 0 or more")
 
 
 def asked_prompts(settings: SampleConfig, prompt: str | None) -> list[str]:

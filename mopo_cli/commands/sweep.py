@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from mopo_cli.base.errors import UserError
-from mopo_cli.config import checks, compose, schema
+from mopo_cli.config import compose, schema
 from mopo_cli.runs.directory import RunDirectory, open_run
 from mopo_cli.sweeps.board import show_plan
 from mopo_cli.sweeps.engine import Sweep, _record, check
@@ -41,8 +41,7 @@ def command(overrides: Sequence[str], user_config_dir: str | None, show_config: 
     compose.check_experiment("sweep", first, user_config_dir)
     preset = [override for override in first if key_of(override) == "experiment"]
     composed = compose.compose("sweep", [*own, *preset], user_config_dir)  # the points are composed each by itself
-    settings: schema.SweepConfig = compose.typed(composed.sweep, schema.SweepConfig)
-    checks.check_sweep(settings)
+    settings: schema.SweepConfig = compose.typed(composed.sweep, schema.SweepConfig, "sweep.")
     if not show_config and not settings.dry_run:
         start_server()  # it imports what runs need while their configs are composed
     launcher, sweeper = _built(composed.launcher, "launcher"), _built(composed.sweeper, "sweeper")

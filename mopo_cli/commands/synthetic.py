@@ -21,7 +21,7 @@ from rich.table import Table
 from mopo_cli.base.console import say, show, stage
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.files import write_json
-from mopo_cli.config import checks, compose
+from mopo_cli.config import compose
 from mopo_cli.config.schema import SyntheticConfig
 from mopo_cli.planning.structures import Structure, read_structure
 from mopo_cli.planning.tabular import Problem, Record, build_methods, pose, recipes, run_problem
@@ -34,7 +34,6 @@ def command(composed: DictConfig) -> int:
     from mopo_cli.planning.figures import draw_structure
 
     config: SyntheticConfig = compose.typed(composed, SyntheticConfig)
-    checks.check_synthetic(config)
     run = claim(config.run.dir, resume=False)
     structures = [read_structure(name, node) for name, node in config.structures.items()]
     check_recipes(config)

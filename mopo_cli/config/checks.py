@@ -1,139 +1,104 @@
-"""What the values of a config may be. UserError names the key, what was found and what is allowed."""
+"""Settings that check themselves: what the value of a field may be stands beside the field.
+
+    @dataclass(frozen=True)
+    class Settings:
+        rounds: Annotated[int, at_least(0)] = 3
+        merge: Annotated[str, one_of("weights", "outputs")] = "weights"
+        step: Annotated[int | None, at_least(1)] = None
+
+`compose.typed` checks every record that it makes. A record that is built in another way calls
+`checked(self, "algorithm.")` in its __post_init__. UserError names the key, what was found and what is allowed:
+"algorithm.rounds=-1: must be 0 or more".
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from mopo_cli.base.errors import UserError
-from mopo_cli.config.schema import (
-    EvalConfig,
-    ObjectiveConfig,
-    PlanConfig,
-    ReportConfig,
-    SamplingConfig,
-    SweepConfig,
-    SyntheticConfig,
-    TrainConfig,
-)
+
+T = TypeVar("T")
+PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 
 
-def _require(condition: bool, key: str, found: object, allowed: str) -> None:
-    if not condition:
-        raise UserError(f"{key}={found}: must be {allowed}")
+@dataclass(frozen=True, slots=True)
+class Must:
+    """A bound on the value of a setting: what it must be, in words, and whether it is. Null is not asked."""
+
+    be: str
+    holds: Callable[[Any], bool]
 
 
-def check_train(config: TrainConfig) -> None:
-    """Raise UserError where a value is outside what the mathematics allows."""
-    _require(0 < config.tau < math.inf, "tau", config.tau, "a number above 0 (KL strength)")
-    _require(0 < config.beta <= 1, "beta", config.beta, "in (0, 1] (threshold decay)")
-    auto = config.epsilon == "auto"
-    number = isinstance(config.epsilon, int | float) and not isinstance(config.epsilon, bool)
-    _require(auto or (number and 0 <= config.epsilon < math.inf), "epsilon", config.epsilon, "0 or more, or auto")
-    whole = config.t0 == math.inf or float(config.t0).is_integer()
-    _require(config.t0 >= 1 and whole, "t0", config.t0, "a whole number of steps, 1 or more, or inf")
-    for key in ("steps", "batch_size", "gradient_accumulation", "log_every", "checkpoint_every"):
-        _require(getattr(config, key) >= 1, key, getattr(config, key), "1 or more")
-    _require(config.optimiser.learning_rate > 0, "optimiser.learning_rate", config.optimiser.learning_rate, "above 0")
-    forms = ("bradley_terry", "general")
-    _require(
-        config.preference_model.form in forms, "preference_model.form", config.preference_model.form, " or ".join(forms)
-    )
-    _require(config.model.init in ("pretrained", "random"), "model.init", config.model.init, "pretrained or random")
-    dtypes = ("float32", "bfloat16", "float16")
-    _require(config.model.dtype in dtypes, "model.dtype", config.model.dtype, " or ".join(dtypes))
-    precision = config.model.mixed_precision
-    _require(precision in (None, "bf16"), "model.mixed_precision", precision, "bf16 or null")
-    budget = config.token_budget
-    _require(budget is None or budget >= 1, "token_budget", budget, "a number of tokens, 1 or more, or null")
-    step = config.debug.fail_at_step
-    _require(step is None or step >= 1, "debug.fail_at_step", step, "1 or more, or null")
-    _require(0 <= config.onpolicy.support < 1, "onpolicy.support", config.onpolicy.support, "in [0, 1)")
-    check_objectives(config.objectives)
+def above(low: float, be: str | None = None) -> Must:
+    return Must(be or f"above {low:g}", lambda value: low < value < math.inf)
 
 
-def check_sweep(config: SweepConfig) -> None:
-    """Raise UserError where a setting of `mopo sweep` is out of range."""
-    _require(config.retry in ("failed", "none", "all"), "sweep.retry", config.retry, "failed, none or all")
-    _require(bool(config.dir), "sweep.dir", config.dir or "''", "a directory")
-    twice = [key for key in config.zip if config.zip.count(key) > 1]
-    _require(not twice, "sweep.zip", config.zip, "different keys")
+def at_least(low: float, be: str | None = None) -> Must:
+    return Must(be or f"{low:g} or more", lambda value: low <= value < math.inf)
 
 
-def check_plan(config: PlanConfig) -> None:
-    """Raise UserError where a value of `mopo plan` is out of range."""
-    for key, least in {"prompts": 1, "responses": 2, "thresholds": 2}.items():
-        _require(getattr(config.plan, key) >= least, f"plan.{key}", getattr(config.plan, key), f"{least} or more")
-    _require(len(config.objectives) >= 2, "objectives", list(config.objectives), "two or more: a front has two sides")
+def one_of(*options: str | None, be: str | None = None) -> Must:
+    return Must(be or " or ".join(option or "null" for option in options), lambda value: value in options)
 
 
-def check_eval(config: EvalConfig) -> None:
-    """Raise UserError where a value of `mopo eval` is out of range."""
-    for key, least in {"prompts": 1, "responses": 1, "bootstrap": 1}.items():
-        found = getattr(config.evaluation, key)
-        _require(found >= least, f"evaluation.{key}", found, f"{least} or more")
-    _require(config.permutations >= 100, "permutations", config.permutations, "100 or more")
-    check_sampling(config.sampling)
+def between(low: float, high: float, closed: str = "", be: str | None = None) -> Must:
+    """A number between two; `closed` says which of them it may be: "[", "]", "[]" or neither."""
+    left, right = "[" if "[" in closed else "(", "]" if "]" in closed else ")"
+
+    def holds(value: float) -> bool:
+        return low < value < high or (value == low and left == "[") or (value == high and right == "]")
+
+    return Must(be or f"in {left}{low:g}, {high:g}{right}", holds)
 
 
-def check_sampling(config: SamplingConfig) -> None:
-    """Raise UserError where a setting of sampling is out of range."""
-    _require(config.temperature > 0, "sampling.temperature", config.temperature, "above 0")
-    _require(0 < config.top_p <= 1, "sampling.top_p", config.top_p, "in (0, 1]")
-    _require(config.batch_size >= 1, "sampling.batch_size", config.batch_size, "1 or more")
-    longest = config.max_new_tokens
-    _require(longest is None or longest >= 1, "sampling.max_new_tokens", longest, "1 or more, or null")
+def each(bound: Must, be: str | None = None) -> Must:
+    """A list whose every element keeps to the bound."""
+    return Must(be or f"{bound.be} each", lambda values: all(bound.holds(value) for value in values))
 
 
-def check_report(config: ReportConfig) -> None:
-    """Raise UserError where a value of `mopo report` is out of range, or more than one thing is asked for."""
-    given = [key for key in ("run", "sweep", "runs") if getattr(config, key) is not None]
-    if len(given) > 1:
-        raise UserError(f"{' and '.join(given)}: give one of run=, sweep= and runs=[...]")
-    for key in ("samples", "bootstrap"):
-        _require(getattr(config, key) >= 0, key, getattr(config, key), "0 or more")
+def checked(settings: T, key: str = "") -> T:
+    """The settings (a dataclass), when each field, and each of those in records inside, is what it must be.
+
+    key: what stands in front of a field's name in messages, with its dot. Plain types are checked, too, as not all
+    records come from OmegaConf. A record may have check_together(key), which raises UserError where its fields do not
+    go together.
+    """
+    hints = get_type_hints(type(settings), include_extras=True)
+    for field in fields(settings):  # type: ignore[arg-type]
+        value = getattr(settings, field.name)
+        _check_value(value, hints[field.name], f"{key}{field.name}")
+        inside = {"": value} if is_dataclass(value) else value if isinstance(value, dict) else {}
+        for name, record in inside.items():
+            if is_dataclass(record):
+                checked(record, f"{key}{field.name}.{f'{name}.' if name else ''}")
+    if check := getattr(settings, "check_together", None):
+        check(key)
+    return settings
 
 
-def check_synthetic(config: SyntheticConfig) -> None:
-    """Raise UserError where a value of `mopo synthetic` is out of range."""
-    _require(bool(config.structures), "structures", config.structures, "at least one preference structure")
-    _require(0 < config.tau < math.inf, "tau", config.tau, "a number above 0 (KL strength)")
-    for beta in config.betas:
-        _require(0 < beta <= 1, "betas", config.betas, "in (0, 1] each")
-    for threshold in config.thresholds or ():
-        _require(0 < threshold < 1, "thresholds", config.thresholds, "win rates in (0, 1), or null")
-    known = bool(config.preferences) and set(config.preferences) <= {"exact", "sampled"}
-    _require(known, "preferences", config.preferences, "a list of exact and sampled")
-    _require(bool(config.recipes), "recipes", config.recipes, "at least one")
-    _require(bool(config.sizes) and min(config.sizes) >= 2, "sizes", config.sizes, "2 objectives or more each")
-    for key, least in {"t0": 1, "steps": 1, "every": 1, "pairs": 50}.items():
-        _require(getattr(config, key) >= least, key, getattr(config, key), f"{least} or more")
-    for key in ("sigma", "dual_rate", "learning_rate"):
-        _require(getattr(config, key) > 0, key, getattr(config, key), "above 0")
+def _check_value(value: Any, hint: Any, key: str) -> None:
+    kind, *bounds = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    if value is None and NoneType in kinds:
+        return
+    plain = [kind for kind in kinds if kind in PLAIN]
+    words = [bound.be for bound in bounds]
+    if len(plain) == len(kinds) - (NoneType in kinds) and not any(_is(value, kind) for kind in plain):
+        words = [PLAIN[plain[0]], *words]
+    elif all(bound.holds(value) for bound in bounds):
+        return
+    if NoneType in kinds and not words[-1].endswith("null"):
+        words.append("or null")
+    raise UserError(f"{key}={value}: must be {', '.join(words)}")
 
 
-def check_objectives(objectives: dict[str, ObjectiveConfig]) -> None:
-    """Exactly one primary; roles, thresholds and margins in range."""
-    for name, objective in objectives.items():
-        key = f"objectives.{name}"
-        _require(objective.role in ("primary", "secondary"), f"{key}.role", objective.role, "primary or secondary")
-        if objective.threshold is not None:
-            _require(
-                0 < objective.threshold < 1, f"{key}.threshold", objective.threshold, "a win rate in (0, 1), or null"
-            )
-        _require(objective.margin >= 0, f"{key}.margin", objective.margin, "0 or more")
-        _require(0 <= objective.worst < 1, f"{key}.worst", objective.worst, "a win rate in [0, 1)")
-    primaries = [name for name, objective in objectives.items() if objective.role == "primary"]
-    if len(primaries) != 1:
-        found = f"{len(primaries)} ({', '.join(primaries)})" if primaries else "none"
-        raise UserError(
-            f"objectives: exactly one must have role: primary, found {found} among {', '.join(objectives) or 'nothing'}"
-        )
-    if objectives[primaries[0]].threshold is not None:
-        raise UserError(
-            f"objectives.{primaries[0]}.threshold: the primary objective is maximised and takes no threshold; "
-            "set it to null, or make another objective primary"
-        )
+def _is(value: Any, kind: type) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number if kind is float else type(value) is int if kind is int else isinstance(value, kind)
 
 
 def normalised_weights(
@@ -147,14 +112,14 @@ def normalised_weights(
         return tuple(float(k == 0) for k in range(len(names)))
     if not isinstance(weights, Mapping):
         raise UserError(f"{key}={weights}: must be a weight for each objective, as {{{names[0]}: 0.7, ...}}, or null")
-    given = "{" + ", ".join(f"{name}: {value}" for name, value in weights.items()) + "}"
+    text = "{" + ", ".join(f"{name}: {value}" for name, value in weights.items()) + "}"
     unknown = [name for name in weights if name not in names]
     if unknown:
-        raise UserError(f"{key}={given}: {unknown[0]} is no objective; the set has {', '.join(names)}")
+        raise UserError(f"{key}={text}: {unknown[0]} is no objective; the set has {', '.join(names)}")
     for name, value in weights.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        if not _is(value, float) or not 0 <= value < math.inf:
             raise UserError(f"{key}.{name}={value}: must be a number, 0 or more")
     total = sum(weights.values())
     if total <= 0:
-        raise UserError(f"{key}={given}: all are zero; at least one must be above 0")
+        raise UserError(f"{key}={text}: all are zero; at least one must be above 0")
     return tuple(float(weights.get(name, 0.0)) / total for name in names)

@@ -23,6 +23,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mopo_cli.base.errors import UserError
+from mopo_cli.config.checks import checked
 from mopo_cli.config.schema import TrainConfig
 
 GROUPS = ("dataset", "model", "objectives", "scorers", "algorithm", "hparams", "logger", "structures", "experiment")
@@ -165,27 +166,29 @@ def _keys(config: DictConfig, prefix: str = "") -> list[str]:
     return keys
 
 
-def typed(config: DictConfig, schema: type) -> Any:
-    """The config as a record of `schema`; a wrong type or an unknown key is a UserError that names it."""
+def typed(config: DictConfig, schema: type, prefix: str = "") -> Any:
+    """The config as a record of `schema`, checked: a UserError names the key that is unknown or has a wrong value.
+
+    prefix: what stands in front of its keys on the command line, with the dot.
+    """
+    fields = schema.__dataclass_fields__
+    unknown = [str(key) for key in config if key not in fields and key not in ("sweep", "experiment")]
+    if unknown:
+        hint = _did_you_mean(unknown[0], list(fields))
+        raise UserError(f"{prefix}{unknown[0]}: no such key{hint}. Allowed: {', '.join(fields)}")
+    values = {key: config[key] for key in config if key in fields}
+    if isinstance(values.get("debug"), bool) and fields["debug"].type != "bool":
+        values["debug"] = {"traceback": values["debug"]}
+    empty = OmegaConf.structured(schema)
+    for key, value in values.items():
+        if OmegaConf.is_dict(empty[key]) and not isinstance(value, dict | DictConfig):
+            inside = f" ({', '.join(map(str, empty[key]))})" if empty[key] else ""
+            raise UserError(f"{prefix}{key}: {value} is no group of keys{inside}")
     try:
-        fields = schema.__dataclass_fields__
-        unknown = [str(key) for key in config if key not in fields and key not in ("sweep", "experiment")]
-        if unknown:
-            raise UserError(
-                f"{unknown[0]}: no such key{_did_you_mean(unknown[0], list(fields))}. Allowed: {', '.join(fields)}"
-            )
-        known = {key: config[key] for key in config if key in fields}
-        if isinstance(known.get("debug"), bool) and schema.__dataclass_fields__["debug"].type != "bool":
-            known["debug"] = {"traceback": known["debug"]}
-        empty = OmegaConf.structured(schema)
-        for key, value in known.items():
-            if OmegaConf.is_dict(empty[key]) and not isinstance(value, dict | DictConfig):
-                inside = f" ({', '.join(map(str, empty[key]))})" if empty[key] else ""
-                raise UserError(f"{key}: {value} is no group of keys{inside}")
-        return OmegaConf.to_object(OmegaConf.merge(empty, known))
+        return checked(OmegaConf.to_object(OmegaConf.merge(empty, values)), prefix)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "config"
-        raise UserError(f"{key}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{prefix}{key}: {str(error).splitlines()[0]}") from error
 
 
 def algorithm_name(config: TrainConfig) -> str:

@@ -1,4 +1,4 @@
-"""From the command line to a typed config: Hydra composes conf/, the schema below checks it.
+"""What the configs hold: each command's record, with what each value may be beside it (config/checks.py).
 
 Every mistake that a user can make here becomes one UserError that names the key, what was found and what is allowed.
 """
@@ -7,7 +7,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from mopo_cli.base.errors import UserError
+from mopo_cli.config.checks import Must, above, at_least, between, each, one_of
+
+Count = Annotated[int, at_least(1)]
+Positive = Annotated[float, above(0)]
+Tau = Annotated[float, above(0, "a number above 0 (KL strength)")]
+Dtype = Annotated[str, one_of("float32", "bfloat16", "float16")]
 
 
 @dataclass
@@ -19,12 +27,28 @@ class RunConfig:
 
 @dataclass
 class ObjectiveConfig:
-    role: str = "secondary"
+    role: Annotated[str, one_of("primary", "secondary")] = "secondary"
     source: str | None = None  # the label's name in the data set; the objective's own name where null
-    threshold: float | None = None
+    threshold: Annotated[float | None, between(0, 1, be="a win rate in (0, 1)")] = None
     computed: Any = None  # {_target_: a scorer (prompt, response, context) -> float}
-    margin: float = 0.0
-    worst: float = 0.0  # the win rate from which `mopo report` counts hypervolume
+    margin: Annotated[float, at_least(0)] = 0.0
+    # the win rate from which `mopo report` counts hypervolume
+    worst: Annotated[float, between(0, 1, "[", be="a win rate in [0, 1)")] = 0.0
+
+
+def check_primary(objectives: dict[str, ObjectiveConfig]) -> None:
+    """UserError unless exactly one objective is primary, and it has no threshold."""
+    primaries = [name for name, objective in objectives.items() if objective.role == "primary"]
+    if len(primaries) != 1:
+        found = f"{len(primaries)} ({', '.join(primaries)})" if primaries else "none"
+        raise UserError(
+            f"objectives: exactly one must have role: primary, found {found} among {', '.join(objectives) or 'nothing'}"
+        )
+    if objectives[primaries[0]].threshold is not None:
+        raise UserError(
+            f"objectives.{primaries[0]}.threshold: the primary objective is maximised and takes no threshold; "
+            "set it to null, or make another objective primary"
+        )
 
 
 @dataclass
@@ -48,11 +72,13 @@ class TokenizerConfig:
 class ModelConfig:
     name: str = ""
     path: str | None = None
-    init: str = "pretrained"  # or "random"
+    init: Annotated[str, one_of("pretrained", "random")] = "pretrained"
     architecture: dict[str, Any] = field(default_factory=dict)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    dtype: str = "float32"
-    mixed_precision: str | None = None  # "bf16": products in bfloat16, weights and sums in dtype
+    dtype: Dtype = "float32"
+    mixed_precision: Annotated[str | None, one_of("bf16", None)] = (
+        None  # products in bfloat16, weights and sums in dtype
+    )
     compile: bool = False
     max_length: int = 512
     attention: str = "sdpa"
@@ -65,7 +91,7 @@ class ModelConfig:
 
 @dataclass
 class OptimiserConfig:
-    learning_rate: float = 1e-3
+    learning_rate: Positive = 1e-3
     weight_decay: float = 0.0
     warmup: int = 10
     max_grad_norm: float = 1.0
@@ -83,7 +109,7 @@ class SftConfig:
 
 @dataclass
 class PreferenceModelConfig:
-    form: str = "bradley_terry"  # or "general": can express cycles
+    form: Annotated[str, one_of("bradley_terry", "general")] = "bradley_terry"  # "general" can express cycles
     steps: int = 300
     max_epochs: float = 8.0
     batch_size: int = 32
@@ -94,10 +120,10 @@ class PreferenceModelConfig:
 
 @dataclass
 class SamplingConfig:
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_new_tokens: int | None = None  # None: as long as the longest response of the data
-    batch_size: int = 256
+    temperature: Positive = 1.0
+    top_p: Annotated[float, between(0, 1, "]")] = 1.0
+    max_new_tokens: Annotated[int | None, at_least(1)] = None  # None: as long as the longest response of the data
+    batch_size: Count = 256
 
 
 @dataclass
@@ -107,14 +133,15 @@ class OnPolicyConfig:
     responses: int = 4
     train_prompts: int = 400  # training prompts that get fresh responses at each measurement
     train_responses: int = 2
-    support: float = 0.005  # samples less likely under pi_ref than all but this share of the data are not judged
+    # samples less likely under pi_ref than all but this share of the data are not judged
+    support: Annotated[float, between(0, 1, "[")] = 0.005
 
 
 @dataclass
 class EvaluationConfig:
-    prompts: int = 512
-    responses: int = 4
-    bootstrap: int = 1000
+    prompts: Count = 512
+    responses: Count = 4
+    bootstrap: Count = 1000
     exact_prompts: int | None = None
 
 
@@ -133,21 +160,31 @@ class DebugConfig:
     """For tests, and for whoever wants to see what happens. `debug=true` is short for `debug.traceback=true`."""
 
     traceback: bool = False
-    fail_at_step: int | None = None  # the run raises after this step of the alignment
+    fail_at_step: Annotated[int | None, at_least(1)] = None  # the run raises after this step of the alignment
+
+
+def _is_epsilon(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value == "auto" or (number and 0 <= value < math.inf)
+
+
+def _is_t0(value: float) -> bool:
+    return value >= 1 and (value == math.inf or value.is_integer())
 
 
 @dataclass
 class TrainConfig:
     """What `mopo train` runs on. `dataset` and `algorithm` stay mappings: they name the function that takes them."""
 
-    tau: float = 0.08
-    beta: float = 0.9995
-    epsilon: Any = "auto"
-    t0: float = math.inf
-    steps: int = 400
-    batch_size: int = 32
-    gradient_accumulation: int = 1
-    token_budget: int | None = None  # tokens that go through the model at once; None: a step's rows as they come
+    tau: Tau = 0.08
+    beta: Annotated[float, between(0, 1, "]", be="in (0, 1] (threshold decay)")] = 0.9995
+    epsilon: Annotated[Any, Must("0 or more, or auto", _is_epsilon)] = "auto"
+    t0: Annotated[float, Must("a whole number of steps, 1 or more, or inf", _is_t0)] = math.inf
+    steps: Count = 400
+    batch_size: Count = 32
+    gradient_accumulation: Count = 1
+    # tokens that go through the model at once; None: a step's rows as they come
+    token_budget: Annotated[int | None, at_least(1, "a number of tokens, 1 or more")] = None
     seed: int = 0
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     sft: SftConfig = field(default_factory=SftConfig)
@@ -155,8 +192,8 @@ class TrainConfig:
     onpolicy: OnPolicyConfig = field(default_factory=OnPolicyConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    log_every: int = 5
-    checkpoint_every: int = 100
+    log_every: Count = 5
+    checkpoint_every: Count = 100
     cache: str | None = None
     run: RunConfig = field(default_factory=RunConfig)
     dataset: dict[str, Any] = field(default_factory=dict)
@@ -166,14 +203,17 @@ class TrainConfig:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
 
+    def check_together(self, key: str) -> None:
+        check_primary(self.objectives)
+
 
 @dataclass
 class PlanSettings:
     """What `mopo plan` predicts from."""
 
-    prompts: int = 300
-    responses: int = 64
-    thresholds: int = 15
+    prompts: Count = 300
+    responses: Annotated[int, at_least(2)] = 64
+    thresholds: Annotated[int, at_least(2)] = 15
 
 
 @dataclass
@@ -181,6 +221,11 @@ class PlanConfig(TrainConfig):
     """What `mopo plan` runs on: everything of `mopo train`, and how much to sample."""
 
     plan: PlanSettings = field(default_factory=PlanSettings)
+
+    def check_together(self, key: str) -> None:
+        super().check_together(key)
+        if len(self.objectives) < 2:
+            raise UserError(f"objectives={list(self.objectives)}: must be two or more: a front has two sides")
 
 
 @dataclass
@@ -192,6 +237,9 @@ class DataConfig:
     json: str | None = None  # a file for the numbers
     seed: int = 0
     debug: bool = False
+
+    def check_together(self, key: str) -> None:
+        check_primary(self.objectives)
 
 
 @dataclass
@@ -226,7 +274,7 @@ class EvalConfig:
     scorers: dict[str, ScorerConfig] = field(default_factory=dict)
     functions: list[str] = field(default_factory=list)  # modules whose functions a scorer may call
     normalisation: str | None = None
-    permutations: int = 10000
+    permutations: Annotated[int, at_least(100)] = 10000
     dataset: dict[str, Any] = field(default_factory=dict)
     objectives: dict[str, ObjectiveConfig] = field(default_factory=dict)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -255,9 +303,9 @@ class SampleConfig:
     prompt: str | None = None
     prompts: str | None = None
     direction: str | None = None
-    n: int = 1
+    n: Count = 1
     chat: bool | None = None
-    compare: int = 8
+    compare: Annotated[int, at_least(0)] = 8
     model: ModelConfig = field(default_factory=ModelConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     seed: int = 0
@@ -272,11 +320,16 @@ class ReportConfig:
     sweep: str | None = None
     runs: list[str] | None = None  # directories, or patterns of them
     out: str | None = None  # where a comparison of runs goes
-    samples: int = 20  # prompts shown side by side
-    bootstrap: int = 500
+    samples: Annotated[int, at_least(0)] = 20  # prompts shown side by side
+    bootstrap: Annotated[int, at_least(0)] = 500
     figures: bool = True  # PNG and SVG of each figure, too
     seed: int = 0
     debug: bool = False
+
+    def check_together(self, key: str) -> None:
+        several = [name for name in ("run", "sweep", "runs") if getattr(self, name) is not None]
+        if len(several) > 1:
+            raise UserError(f"{' and '.join(several)}: give one of run=, sweep= and runs=[...]")
 
 
 @dataclass
@@ -288,24 +341,34 @@ class RecipeConfig:
     estimator: str = "onpolicy"
 
 
+def _are_sizes(sizes: list[int]) -> bool:
+    return bool(sizes) and min(sizes) >= 2
+
+
+def _are_preferences(kinds: list[str]) -> bool:
+    return bool(kinds) and set(kinds) <= {"exact", "sampled"}
+
+
 @dataclass
 class SyntheticConfig:
     """What `mopo synthetic` runs on: every structure and K by every combination of the lists."""
 
-    structures: dict[str, Any] = field(default_factory=dict)
-    sizes: list[int] = field(default_factory=lambda: [2, 3])
-    tau: float = 0.08
-    betas: list[float] = field(default_factory=list)
-    t0: int = 25
-    thresholds: list[float] | None = None
-    preferences: list[str] = field(default_factory=list)
-    pairs: int = 20000
-    recipes: list[RecipeConfig] = field(default_factory=list)
-    sigma: float = 0.002
-    dual_rate: float = 0.5
-    steps: int = 200
-    every: int = 20
-    learning_rate: float = 0.1
+    structures: Annotated[dict[str, Any], Must("at least one preference structure", bool)] = field(default_factory=dict)
+    sizes: Annotated[list[int], Must("2 objectives or more each", _are_sizes)] = field(default_factory=lambda: [2, 3])
+    tau: Tau = 0.08
+    betas: Annotated[list[float], each(between(0, 1, "]"))] = field(default_factory=list)
+    t0: Count = 25
+    thresholds: Annotated[list[float] | None, each(between(0, 1), "win rates in (0, 1)")] = None
+    preferences: Annotated[list[str], Must("a list of exact and sampled", _are_preferences)] = field(
+        default_factory=list
+    )
+    pairs: Annotated[int, at_least(50)] = 20000
+    recipes: Annotated[list[RecipeConfig], Must("at least one", bool)] = field(default_factory=list)
+    sigma: Positive = 0.002
+    dual_rate: Positive = 0.5
+    steps: Count = 200
+    every: Count = 20
+    learning_rate: Positive = 0.1
     seed: int = 0
     processes: int | None = None
     run: RunConfig = field(default_factory=RunConfig)
@@ -317,8 +380,12 @@ class SweepConfig:
     """What `mopo sweep` adds to a train config."""
 
     name: str = ""
-    dir: str = ""
-    retry: str = "failed"  # or "none": what failed stays; or "all": every point again, from its beginning
-    zip: list[str] = field(default_factory=list)  # keys whose values go together instead of being multiplied
+    dir: Annotated[str, Must("a directory", bool)] = ""
+    # failed: what failed, again; none: what failed stays; all: every point again, from its beginning
+    retry: Annotated[str, one_of("failed", "none", "all", be="failed, none or all")] = "failed"
+    # keys whose values go together instead of being multiplied
+    zip: Annotated[list[str], Must("different keys", lambda keys: len(set(keys)) == len(keys))] = field(
+        default_factory=list
+    )
     dry_run: bool = False
     grid: Any = None  # of an experiment: key -> values, or a list of such mappings

@@ -14,9 +14,8 @@ from typing import Any
 
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.types import Corpus, Example, Message, Objective, PreferenceData, Scorer, Text
-from mopo_cli.config.checks import check_objectives
 from mopo_cli.config.compose import build
-from mopo_cli.config.schema import ObjectiveConfig
+from mopo_cli.config.schema import ObjectiveConfig, check_primary
 from mopo_cli.data.rows import preference, text_key
 from mopo_cli.data.subsample import Sample
 
@@ -30,7 +29,7 @@ def load(dataset: dict[str, Any], objectives: dict[str, ObjectiveConfig]) -> Pre
     Provenance says how the labels were made, and counts the rows that were left out for having none.
     Raises UserError where the objective set and the data do not fit, or where a split is left empty.
     """
-    check_objectives(objectives)
+    check_primary(objectives)
     heldout, test = _fractions(dataset)
     corpus = _corpus(dataset)
     chosen = resolve_objectives(objectives, corpus)

@@ -10,7 +10,6 @@ from omegaconf import DictConfig
 
 from mopo_cli.algorithms.contract import method_of
 from mopo_cli.base.processes import part_ways
-from mopo_cli.config import checks
 from mopo_cli.config.schema import TrainConfig
 from mopo_cli.evaluation.records import Models
 from mopo_cli.pipeline.finish import evaluate_run, finish
@@ -25,8 +24,7 @@ from mopo_cli.training.reference import fit_or_load_reference
 
 
 def check(config: TrainConfig) -> None:
-    """Everything that can be told before data and model are loaded: UserError where a setting is wrong."""
-    checks.check_train(config)
+    """Everything that can be told before data and model are loaded: UserError where they do not suit each other."""
     wandb_mode(config.logger)
     method_of(config)
 

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.files import flat
-from mopo_cli.config import checks, compose, schema
+from mopo_cli.config import compose, schema
 from mopo_cli.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -251,7 +251,7 @@ def compose_point(point: Point, directory: Path, user_config_dir: str | None) ->
         composed.logger.group = composed.logger.group or directory.name
         composed.logger.tags = [*composed.logger.tags, *(f"{k}={v}"[:TAG] for k, v in point.varying.items())]
     trial = _placed(Trial(point, composed, RunDirectory(directory)), directory)
-    checks.check_train(compose.typed(composed, schema.TrainConfig))
+    compose.typed(composed, schema.TrainConfig)
     return trial
 
 

@@ -19,7 +19,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from mopo_cli.base.errors import UserError
-from mopo_cli.config.checks import check_train
 from mopo_cli.config.compose import compose, typed
 from mopo_cli.config.schema import LoraConfig, ModelConfig, TokenizerConfig, TrainConfig
 from mopo_cli.data.batches import Collator
@@ -57,7 +56,6 @@ COLLATE = Collator(pad=0)
 @functools.cache
 def model_config(name: str, *overrides: str) -> ModelConfig:
     config: TrainConfig = typed(compose("train", [f"model={name}", *overrides]), TrainConfig)
-    check_train(config)
     return config.model
 
 

@@ -16,7 +16,7 @@ from run_directories import summary, write_run, write_sweep
 from running import Finished
 
 from mopo_cli.base.errors import UserError
-from mopo_cli.config.checks import check_objectives
+from mopo_cli.config.checks import checked
 from mopo_cli.config.schema import ObjectiveConfig
 from mopo_cli.maths.pareto import hypervolume, igd_plus, measured, nondominated, resample, upper_edge
 from mopo_cli.report import build, groups, page
@@ -174,7 +174,7 @@ class TestQuality:
 
     def test_worst_is_checked(self):
         with pytest.raises(UserError, match=r"objectives\.a\.worst=1\.0: must be a win rate in \[0, 1\)"):
-            check_objectives({"a": ObjectiveConfig("primary", worst=1.0)})
+            checked(ObjectiveConfig("primary", worst=1.0), "objectives.a.")
 
     def test_one_run_has_no_front(self, tmp_path: Path):
         assert quality(self.group(write_run(tmp_path / "a", PAIR)), 10, 0) is None
