@@ -13,54 +13,70 @@ from mopo_cli.base.processes import is_main
 
 
 class Command(NamedTuple):
-    module: str
+    module: str  # whose function `command` takes the composed config and gives the exit status
+    config: (
+        str | None
+    )  # its record in config/schema.py; None: `command` takes overrides, and composes configs by itself
     summary: str
     example: str
+    quoted: tuple[str, ...] = ()  # keys whose value is one text, which Hydra would take for several
+    literal: tuple[str, ...] = ()  # keys that are no config, as any character may stand in them: arguments of `command`
 
 
 COMMANDS = {
     "train": Command(
         "mopo_cli.commands.train",
+        "TrainConfig",
         "align a model: data, reference, preference model, MOPO, evaluation",
         "mopo train model=opt1.3b dataset=hh_rlhf objectives=helpful_harmless",
     ),
     "eval": Command(
         "mopo_cli.commands.eval",
+        "EvalConfig",
         "evaluate runs, models or files of responses side by side, also by gold scorers",
         "mopo eval run='outputs/sweep/NAME/runs/*' scorers=[length]",
     ),
     "sweep": Command(
         "mopo_cli.commands.sweep",
+        None,  # one for each point
         "train at every point of a grid, here or on a cluster, and collect results.csv",
         "mopo sweep tau=0.1,0.5,1.0 beta=0.95,0.99",
     ),
     "report": Command(
         "mopo_cli.commands.report",
+        "ReportConfig",
         "one page of a run, a sweep, or any runs: fronts, trajectories, samples, tables",
         "mopo report runs=[outputs/train/a,'outputs/sweep/x/runs/*']",
     ),
     "data": Command(
         "mopo_cli.commands.data",
+        "DataConfig",
         "what is in a data set: labels, ties, lengths, agreement of objectives",
         "mopo data dataset=pairs dataset.path=my.jsonl dataset.chosen_means=human objectives=human_concise",
     ),
     "plan": Command(
         "mopo_cli.commands.plan",
+        "PlanConfig",
         "what is attainable, and at what price, before any alignment",
         "mopo plan objectives=assistant_pair objectives.harmless.threshold=0.6",
     ),
     "synthetic": Command(
         "mopo_cli.commands.synthetic",
+        "SyntheticConfig",
         "the method on small tables of preferences whose exact answers are known",
         "mopo synthetic tau=0.05 sizes=[2]",
     ),
     "sample": Command(
         "mopo_cli.commands.sample",
+        "SampleConfig",
         "responses of a trained model to your own prompts",
         'mopo sample run=outputs/train/NAME prompt="How do I boil an egg?"',
+        quoted=("direction",),
+        literal=("prompt",),
     ),
     "export": Command(
         "mopo_cli.commands.export",
+        "ExportConfig",
         "a folder to share: weights, tokenizer and a model card with what was measured",
         "mopo export run=outputs/train/NAME to=DIR",
     ),
@@ -147,49 +163,45 @@ def run(name: str, arguments: Arguments) -> int:
     if arguments.help:
         print(command_usage(name, arguments.overrides, arguments.config_dir))
         return 0
-    from mopo_cli.config import compose, schema
-
-    if name == "sweep":
-        from mopo_cli.commands import sweep
-
-        return sweep.command(arguments.overrides, arguments.config_dir, arguments.cfg)
+    command = COMMANDS[name]
+    if command.config is None:
+        module = importlib.import_module(command.module)
+        return module.command(arguments.overrides, arguments.config_dir, arguments.cfg)
     if arguments.multirun:
         raise UserError(f"-m: `mopo {name}` runs once; use `mopo sweep`")
-    overrides = arguments.overrides
-    text = None
-    if name in ("eval", "sample", "export"):
-        text = next((o.partition("=")[2] for o in reversed(overrides) if o.startswith("prompt=")), None)
-        overrides = [quoted_path(o) for o in overrides if name != "sample" or not o.startswith("prompt=")]
-    if name == "sample":
-        overrides = [quoted_direction(o) for o in overrides]
+    from mopo_cli.config import compose, schema
+
+    literal = {_key(o): o.partition("=")[2] for o in arguments.overrides if _key(o) in command.literal and "=" in o}
+    overrides = [quoted(o, command) for o in arguments.overrides if _key(o) not in literal]
     compose.check_experiment(name, overrides, arguments.config_dir)
     composed = compose.compose(name, overrides, arguments.config_dir)
     if arguments.cfg:
         print(compose.to_yaml(composed), end="")
         return 0
-    if name == "train":  # said before seconds are spent on imports
-        compose.typed(composed, schema.TrainConfig)
-    command = importlib.import_module(COMMANDS[name].module).command
-    return command(composed, text) if name == "sample" else command(composed)
+    compose.typed(composed, getattr(schema, command.config))  # a mistake is said before seconds are spent on imports
+    return importlib.import_module(command.module).command(composed, **literal)
 
 
-def quoted_path(override: str) -> str:
-    """An override whose value is a path or pattern of files here, so that Hydra takes `tau=0.1,beta=0.9` for a name."""
+def _key(override: str) -> str:
+    return override.partition("=")[0]
+
+
+def quoted(override: str, command: Command) -> str:
+    """An override as Hydra must read it: a path or pattern of files here is one text, `tau=0.1,beta=0.9` in it or not.
+
+    So is the value of command.quoted, say direction=helpful=0.8,concise=0.6.
+    """
     from glob import glob
 
-    key, equals, value = override.partition("=")
-    special = set("'\\$[]{}") & set(value) or not set("=,") & set(value)
-    if not equals or special or not (os.path.exists(os.path.expanduser(value)) or glob(os.path.expanduser(value))):
-        return override
-    return f"{key}='{value}'"
-
-
-def quoted_direction(override: str) -> str:
-    """direction=helpful=0.8,concise=0.6 as one text, which Hydra would take for several values."""
     from mopo_cli.config import compose
 
     key, _, value = override.partition("=")
-    return f"{key}={compose.in_grammar(value)}" if key == "direction" and not value.startswith("'") else override
+    if key in command.quoted and not value.startswith("'"):
+        return f"{key}={compose.in_grammar(value)}"
+    special = set("'\\$[]{}") & set(value) or not set("=,") & set(value)
+    if special or not (os.path.exists(os.path.expanduser(value)) or glob(os.path.expanduser(value))):
+        return override
+    return f"{key}='{value}'"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from io import StringIO
 from typing import TextIO
@@ -140,14 +140,21 @@ def say(text: str) -> None:
         _write(text)
 
 
-def show(table: RenderableType) -> None:
-    """A table: as wide as the terminal, or as wide as it needs to be elsewhere."""
+def show(table: RenderableType, width: int = PLAIN_WIDTH) -> None:
+    """A table: as wide as the terminal, or as wide as it needs to be elsewhere, up to `width`."""
     if is_main() and console.is_interactive:
         console.print(table)
     elif is_main():
-        plain = Console(file=StringIO(), width=PLAIN_WIDTH)
+        plain = Console(file=StringIO(), width=width)
         plain.print(table)
         _write("\n".join(line.rstrip() for line in plain.file.getvalue().splitlines()))  # type: ignore[attr-defined]
+
+
+def table(left: Iterable[str], right: Iterable[str] = (), gap: int = 3, header: str = "bold") -> Table:
+    """A table without lines: columns of text, then columns of numbers, so many spaces apart."""
+    columns = [Column(title, no_wrap=True) for title in left]
+    columns += [Column(title, justify="right", no_wrap=True) for title in right]
+    return Table(*columns, header_style=header, box=None, pad_edge=False, padding=(0, gap, 0, 0))
 
 
 def warn(text: str) -> None:

@@ -3,62 +3,55 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 from rich.columns import Columns
-from rich.console import Console
+from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from mopo_cli.base import files
-from mopo_cli.base.console import console, say, stage, warn
+from mopo_cli.base import console
+from mopo_cli.base.console import say, table, warn
 from mopo_cli.base.errors import UserError
+from mopo_cli.base.files import write_json
 from mopo_cli.config import compose, schema
-from mopo_cli.data import prepare
-from mopo_cli.data.description import (
-    CONFLICT,
-    SAME,
-    TOGETHER,
-    Description,
-    Relation,
-    Spread,
-    describe,
-    notes_of,
-    warnings_of,
-)
+from mopo_cli.data import description, prepare
+from mopo_cli.data.description import Description, Relation
 from mopo_cli.data.statistics import Estimate
 
 PLAIN_WIDTH = 100  # columns, where the output is not a terminal
 GAUGE = 21  # characters from -1 to 1
 WITH_GAUGE = 81  # columns of the relations' table, besides the longest name
-STYLES = {SAME: "bold yellow", CONFLICT: "bold red", TOGETHER: "green"}
+STYLES = {description.SAME: "bold yellow", description.CONFLICT: "bold red", description.TOGETHER: "green"}
 
 
 def command(composed: DictConfig) -> int:
     """Load the data set, describe it, print that, and write it as JSON where asked; returns the exit status."""
-    cfg: schema.DataConfig = compose.typed(composed, schema.DataConfig)
-    target = _json_target(cfg.json)
-    with stage("data", 1, brief=True) as progress:
-        found = describe(prepare.load(cfg.dataset, cfg.objectives))
+    config: schema.DataConfig = compose.typed(composed, schema.DataConfig)
+    target = _json_target(config.json)
+    with console.stage("data", 1, brief=True) as progress:
+        described = description.describe(prepare.load(config.dataset, config.objectives))
         progress.advance(1)
-    notes, warnings = notes_of(found), warnings_of(found)
-    show(found)
+    notes, warnings = description.notes_of(described), description.warnings_of(described)
+    with_gauge = console.console.is_terminal and console.console.width >= WITH_GAUGE + max(
+        map(len, described.objectives)
+    )
+    console.show(page(described, with_gauge), PLAIN_WIDTH)
     for text in notes:
         say(f"note: {text}")
     for text in warnings:
         warn(text)
     if target is not None:
-        _write(target, {**as_json(found), "notes": notes, "warnings": warnings})
+        _write(target, {**asdict(described), "notes": notes, "warnings": warnings})
         say(f"numbers: {target}")
     return 0
 
 
-# JSON
 def _json_target(path: str | None) -> Path | None:
     if path is not None and Path(path).is_dir():
         raise UserError(f"json={path}: is a directory; give a file, such as {path.rstrip('/')}/data.json")
@@ -68,58 +61,31 @@ def _json_target(path: str | None) -> Path | None:
 def _write(path: Path, value: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_json(path, value)
+        write_json(path, value)
     except OSError as error:
         raise UserError(f"json={path}: cannot be written ({error.strerror or error})") from error
 
 
-def as_json(value: Any) -> Any:
-    """Records as mappings, and numbers that are not known as null, which every reader of JSON takes."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return as_json(asdict(value))
-    if isinstance(value, dict):
-        return {str(key): as_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_json(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 # Tables
-def show(found: Description) -> None:
-    """Print the tables: in a terminal as wide as it is, elsewhere as plain text."""
-    if console.is_terminal:
-        longest = max(map(len, found.objectives))
-        _print(console, found, gauges=console.width >= WITH_GAUGE + longest)
-        return
-    page = Console(file=sys.stdout, width=PLAIN_WIDTH, color_system=None, highlight=False)
-    with page.capture() as captured:
-        _print(page, found, gauges=False)
-    print("\n".join(line.rstrip() for line in captured.get().splitlines()), flush=True)
-
-
-def _print(page: Console, found: Description, gauges: bool) -> None:
-    page.print(f"[bold]{escape(str(found.provenance.get('corpus', 'data set')))}[/]")
-    page.print(provenance_table(found.provenance))
-    page.print()
-    page.print(size_table(found))
-    page.print()
-    page.print(label_table(found))
-    page.print(label_legend(found), style="dim")
-    if found.relations:
-        page.print()
-        page.print(relation_table(found.relations, gauges))
-        page.print(relation_legend(found.relations), style="dim")
-    page.print()
+def page(described: Description, gauges: bool) -> Group:
+    """All the tables, one below the other; with a gauge for each pair of objectives where there is room."""
+    title = Text(str(described.provenance.get("corpus", "data set")), style="bold")
+    parts: list[RenderableType] = [title, provenance_table(described.provenance), "", size_table(described), ""]
+    parts += [label_table(described), Text(label_legend(described), style="dim")]
+    if described.relations:
+        legend = Text(relation_legend(described.relations), style="dim")
+        parts += ["", relation_table(described.relations, gauges), legend]
+    return Group(*parts, "")
 
 
 def provenance_table(provenance: dict[str, object]) -> Table:
     """How the labels were made, and from what."""
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
     for key, value in _provenance_lines(provenance):
-        table.add_row(f"  {key}", escape(value))
-    return table
+        grid.add_row(f"  {key}", escape(value))
+    return grid
 
 
 def _provenance_lines(provenance: dict[str, object]) -> Iterator[tuple[str, str]]:
@@ -128,52 +94,57 @@ def _provenance_lines(provenance: dict[str, object]) -> Iterator[tuple[str, str]
     computed = provenance.get("computed")
     if isinstance(computed, dict):
         yield "computed", ", ".join(f"{name} by {_scorer(how)}" for name, how in computed.items())
-    shown = {k: v for k, v in provenance.items() if k not in ("corpus", "labels", "computed") and v not in (None, {})}
-    if shown:
-        yield "made from", " · ".join(f"{key.replace('_', ' ')} {_flat(value)}" for key, value in shown.items())
+    others = {k: v for k, v in provenance.items() if k not in ("corpus", "labels", "computed") and v not in (None, {})}
+    if others:
+        yield "made from", " · ".join(f"{key.replace('_', ' ')} {_as_text(value)}" for key, value in others.items())
 
 
 def _scorer(how: dict[str, Any]) -> str:
     return how["scorer"] + (f" (ties within {how['margin']:g})" if how["margin"] else "")
 
 
-def _flat(value: object) -> str:
+def _as_text(value: object) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {_flat(item)}" for key, item in value.items())
+        return ", ".join(f"{key}: {_as_text(item)}" for key, item in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def size_table(found: Description) -> Columns:
+def size_table(described: Description) -> Columns:
     """The splits; responses and lengths beside them, or below where it is narrow."""
-    splits = _table("", "train", "held out", "test")
+    splits = table([""], ["train", "held out", "test"], 2, "dim")
     for key in ("rows", "prompts", "labelled_pairs"):
-        splits.add_row(key.replace("_", " "), *(f"{getattr(part, key):,}" for part in found.parts.values()))
-    spreads = _table("", "min", "median", "95 %", "max")
-    lengths: dict[str, Spread] = {f"words a {what}": spread for what, spread in found.words.items()}
-    for label, spread in {"responses a row": found.responses, **lengths}.items():
+        splits.add_row(key.replace("_", " "), *(f"{getattr(part, key):,}" for part in described.parts.values()))
+    spreads = table([""], ["min", "median", "95 %", "max"], 2, "dim")
+    lengths = {f"words a {what}": spread for what, spread in described.words.items()}
+    for label, spread in {"responses a row": described.responses, **lengths}.items():
         spreads.add_row(label, *(f"{value:,.0f}" for value in (spread.min, spread.median, spread.q95, spread.max)))
     return Columns([splits, spreads], padding=(0, 4))
 
 
-def label_table(found: Description) -> Table:
+def label_table(described: Description) -> Table:
     """A line per objective."""
     shares = ("judged\n%", "1st wins\n%", "tie\n%", "2nd wins\n%", "cyclic\n%", "longer\nwins %")
-    table = _table("\nobjective", "\nrole", *shares, "\ncorr.")
-    table.columns[1].justify = "left"
-    table.columns[1].no_wrap = False  # a threshold may go below
-    table.columns[1].min_width = len("secondary")
-    for name, o in found.objectives.items():
-        asked = f" ≥ {o.threshold:g}" if o.threshold is not None else ""
-        values = (o.judged, o.first, o.ties, o.second, o.cyclic.value, o.longer_wins.value)
-        style = "bold" if o.role == "primary" else None
-        cells = [*map(_percent, values), _signed(o.length_correlation)]
-        table.add_row(escape(name), o.role + asked, *cells, style=style)
-    return table
+    lines = table(["\nobjective", "\nrole"], [*shares, "\ncorr."], 2, "dim")
+    lines.columns[1].no_wrap = False  # a threshold may go below
+    lines.columns[1].min_width = len("secondary")
+    for name, labels in described.objectives.items():
+        threshold = f" ≥ {labels.threshold:g}" if labels.threshold is not None else ""
+        values = (
+            labels.judged,
+            labels.first,
+            labels.ties,
+            labels.second,
+            labels.cyclic.value,
+            labels.longer_wins.value,
+        )
+        cells = [*map(_percent, values), _signed(labels.length_correlation)]
+        lines.add_row(escape(name), labels.role + threshold, *cells, style="bold" if labels.role == "primary" else None)
+    return lines
 
 
-def label_legend(found: Description) -> str:
+def label_legend(described: Description) -> str:
     return (
-        f"judged: of all labelled pairs ({_percent(found.identical_pairs)} % of them compare identical responses). "
+        f"judged: of all labelled pairs ({_percent(described.identical_pairs)} % of them compare identical responses). "
         "cyclic: of all triples; a ranking gives 0 %, coin flips 25 %. corr.: of the preference with the difference in "
         "words."
     )
@@ -183,15 +154,16 @@ def relation_table(relations: list[Relation], gauges: bool) -> Table:
     """A line per pair of objectives."""
     ranks = relations[0].method == "ranks"
     numbers = ["ranks", "noise-free"] if ranks else ["2a − 1"]
-    table = _table("objectives", "pairs", "agree %", *numbers, *["−1        0        +1"] * gauges, "verdict")
-    table.columns[0].no_wrap = False
-    table.columns[-1].justify = "left"
-    for r in relations:
-        cells = [" – ".join(map(escape, r.objectives)), f"{r.agreement.n:,}", _share(r.agreement)]
-        cells += [_signed(r.observed.value)] * ranks + [_correlation(r.correlation)]
-        style = STYLES.get(r.verdict, "none")
-        table.add_row(*cells, *[f"[{style}]{text}[/]" for text in [gauge(r)] * gauges + [r.verdict]])
-    return table
+    titles = ["pairs", "agree %", *numbers, *["−1        0        +1"] * gauges, "verdict"]
+    lines = table(["objectives"], titles, 2, "dim")
+    lines.columns[0].no_wrap = False
+    lines.columns[-1].justify = "left"
+    for relation in relations:
+        cells = [" – ".join(map(escape, relation.objectives)), f"{relation.agreement.n:,}", _share(relation.agreement)]
+        cells += [_signed(relation.observed.value)] * ranks + [_correlation(relation.correlation)]
+        style = STYLES.get(relation.verdict, "none")
+        lines.add_row(*cells, *(f"[{style}]{text}[/]" for text in [gauge(relation)] * gauges + [relation.verdict]))
+    return lines
 
 
 def relation_legend(relations: list[Relation]) -> str:
@@ -218,14 +190,6 @@ def gauge(relation: Relation) -> str:
 
 def _place(correlation: float) -> int:
     return round((max(-1.0, min(1.0, correlation)) + 1) / 2 * (GAUGE - 1))
-
-
-def _table(first: str, *others: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column(first, no_wrap=True)
-    for other in others:
-        table.add_column(other, justify="right", no_wrap=True)
-    return table
 
 
 def _percent(value: float) -> str:

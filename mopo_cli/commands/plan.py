@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 
 from accelerate.utils import set_seed
@@ -12,7 +11,7 @@ from rich.table import Table
 
 from mopo_cli.algorithms.contract import method_of
 from mopo_cli.algorithms.mopo import Mopo
-from mopo_cli.base.console import say, show
+from mopo_cli.base.console import say, show, table
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.files import write_json
 from mopo_cli.base.processes import build_accelerator
@@ -69,19 +68,10 @@ def show_plan(plan: Plan) -> None:
     say("")
 
 
-def _table(left: Sequence[str], right: Sequence[str]) -> Table:
-    table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for column in left:
-        table.add_column(column, no_wrap=True)
-    for column in right:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
-
-
 def _asked_table(plan: Plan) -> Table:
     known = any(a.exact is not None for a in plan.objectives.values())
     columns = ["threshold", "reference", "predicted", "attainable", "price λ", "verdict"]
-    table = _table(["objective", "role"], columns + (["exact"] if known else []))
+    lines = table(["objective", "role"], columns + (["exact"] if known else []))
     colours = {"binds": "green", "never binds": "yellow"}
     for name, a in plan.objectives.items():
         colour = colours.get(a.verdict, "red")
@@ -95,18 +85,18 @@ def _asked_table(plan: Plan) -> Table:
             "" if a.dual is None else f"{a.dual:.2f}",
             f"[{colour}]{a.verdict}[/]" if a.verdict else "",
         ]
-        table.add_row(*row, *(["" if a.exact is None else f"{a.exact:.3f}"] if known else []))
-    return table
+        lines.add_row(*row, *(["" if a.exact is None else f"{a.exact:.3f}"] if known else []))
+    return lines
 
 
 def _suggestion_table(plan: Plan, primary: str) -> Table:
     known = any(line["exact"] is not None for line in plan.suggestions)
     columns = ["at least", primary, "price λ", "KL, nats"] + (["exact"] if known else [])
-    table = _table(["secondary"], [*columns, "set"])
+    lines = table(["secondary"], [*columns, "set"])
     last = ""
     for line in plan.suggestions:
         if last and line["secondary"] != last:
-            table.add_section()
+            lines.add_section()
         shown = "" if line["secondary"] == last else line["secondary"]
         last = line["secondary"]
         row = [
@@ -117,8 +107,8 @@ def _suggestion_table(plan: Plan, primary: str) -> Table:
             f"{line['kl']:.2f}",
         ]
         exact = ["–" if line["exact"] is None else f"{line['exact']:.3f}"] if known else []
-        table.add_row(*row, *exact, f"[dim]{line['override']}[/]")
-    return table
+        lines.add_row(*row, *exact, f"[dim]{line['override']}[/]")
+    return lines
 
 
 def advice(plan: Plan) -> list[str]:

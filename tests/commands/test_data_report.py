@@ -7,7 +7,7 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from rich.console import Console
 from scipy.stats import kendalltau, spearmanr
 
 from mopo_cli import cli
+from mopo_cli.base import files
 from mopo_cli.base.types import Example, Objective, PreferenceData
 from mopo_cli.commands import data
 from mopo_cli.data import description, statistics
@@ -440,9 +441,9 @@ class TestCommand:
     def test_in_a_terminal(self, monkeypatch: pytest.MonkeyPatch, width: int, drawn: bool):
         screen = io.StringIO()
         console = Console(file=screen, force_terminal=True, width=width, color_system=None)
-        monkeypatch.setattr(data, "console", console)
+        monkeypatch.setattr(data.console, "console", console)
         assert self.run() == 0
-        lines = screen.getvalue().splitlines()
+        lines = [line for line in screen.getvalue().splitlines() if "\x1b" not in line]  # those are the progress bar's
         assert max(map(len, lines)) <= width
         conflict = next(line for line in lines if line.startswith("helpful – harmless"))
         assert ("●" in conflict) == drawn
@@ -475,8 +476,9 @@ class TestGauge:
     def test_a_dot_in_its_interval(self, interval: tuple[float, float, float], drawn: str):
         assert data.gauge(self.relation(*interval)) == drawn
 
-    def test_as_json_replaces_what_json_cannot_hold(self):
-        assert data.as_json({"a": (NAN, 1, math.inf), "b": Estimate(0.5, NAN, 2)}) == {
+    def test_a_file_of_numbers_replaces_what_json_cannot_hold(self, tmp_path: Path):
+        files.write_json(tmp_path / "a.json", {"a": (NAN, 1, math.inf), "b": asdict(Estimate(0.5, NAN, 2))})
+        assert files.read_json(tmp_path / "a.json") == {
             "a": [None, 1, None],
             "b": {"value": 0.5, "se": None, "n": 2},
         }
