@@ -443,7 +443,8 @@ class TestCommand:
         console = Console(file=screen, force_terminal=True, width=width, color_system=None)
         monkeypatch.setattr(data.console, "console", console)
         assert self.run() == 0
-        lines = [line for line in screen.getvalue().splitlines() if "\x1b" not in line]  # those are the progress bar's
+        lines = screen.getvalue().splitlines()
+        lines = [line for line in lines if not ("\x1b" in line or line.startswith("note: "))]  # the bar; what may wrap
         assert max(map(len, lines)) <= width
         conflict = next(line for line in lines if line.startswith("helpful – harmless"))
         assert ("●" in conflict) == drawn
