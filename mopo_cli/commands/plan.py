@@ -19,7 +19,8 @@ from mopo_cli.config import compose
 from mopo_cli.config.compose import algorithm_name
 from mopo_cli.config.schema import PlanConfig
 from mopo_cli.pipeline.train import check
-from mopo_cli.planning.attainable import GIVEN_UP, WANTED, Plan, check_pairs, fit, make_plan
+from mopo_cli.planning.attainable import GIVEN_UP, WANTED, Plan, make_plan
+from mopo_cli.planning.evidence import check_prompts, gather
 from mopo_cli.runs.directory import claim
 from mopo_cli.runs.session import quiet_libraries
 from mopo_cli.training.inputs import prepare_inputs
@@ -38,10 +39,9 @@ def command(composed: DictConfig) -> int:
     if not isinstance(algorithm, Mopo):
         raise UserError(f"algorithm={algorithm_name(config)}: mopo plan predicts for algorithm=mopo; leave it out")
     inputs = prepare_inputs(config)
-    check_pairs(inputs)
-    accelerator = build_accelerator()
-    judge, accuracy = fit(config, accelerator, inputs)
-    plan = make_plan(config, algorithm, inputs, judge, accuracy, started)
+    check_prompts(inputs)
+    evidence, accuracy = gather(config, build_accelerator(), inputs)
+    plan = make_plan(config, algorithm, inputs, evidence, accuracy, started)
     from mopo_cli.planning.figures import draw_plan
 
     run.path.mkdir(parents=True, exist_ok=True)
@@ -57,58 +57,62 @@ def command(composed: DictConfig) -> int:
 def show_plan(plan: Plan) -> None:
     """Tables for a person: what the objective set asks, what a secondary costs, and what to set."""
     say("")
-    show(_asked_table(plan))
+    show(objective_table(plan))
     if plan.suggestions:
-        primary = next(name for name, a in plan.objectives.items() if a.role == "primary")
+        primary = next(name for name, objective in plan.objectives.items() if objective.role == "primary")
         say(f"\nas much {primary} as possible with one secondary at least so high, the others left free\n")
-        show(_suggestion_table(plan, primary))
+        show(suggestion_table(plan, primary))
     say("")
     for text in advice(plan):
         say(text)
     say("")
 
 
-def _asked_table(plan: Plan) -> Table:
-    known = any(a.exact is not None for a in plan.objectives.values())
+def objective_table(plan: Plan) -> Table:
+    """A line per objective."""
+    with_exact = any(objective.exact is not None for objective in plan.objectives.values())
     columns = ["threshold", "reference", "predicted", "attainable", "price λ", "verdict"]
-    lines = table(["objective", "role"], columns + (["exact"] if known else []))
+    lines = table(["objective", "role"], columns + ["exact"] * with_exact)
     colours = {"binds": "green", "never binds": "yellow"}
-    for name, a in plan.objectives.items():
-        colour = colours.get(a.verdict, "red")
-        row = [
+    for name, objective in plan.objectives.items():
+        lines.add_row(
             name,
-            a.role,
-            "" if a.threshold is None else f"{a.threshold:.3f}" + ("*" if a.scheduled else ""),
-            f"{a.reference:.3f}",
-            f"{a.win_rate:.3f} ± {a.ci95:.3f}",
-            f"{a.attainable:.3f}",
-            "" if a.dual is None else f"{a.dual:.2f}",
-            f"[{colour}]{a.verdict}[/]" if a.verdict else "",
-        ]
-        lines.add_row(*row, *(["" if a.exact is None else f"{a.exact:.3f}"] if known else []))
+            objective.role,
+            _number(objective.threshold) + "*" * objective.scheduled,
+            _number(objective.reference),
+            f"{objective.win_rate:.3f} ± {objective.ci95:.3f}",
+            _number(objective.attainable),
+            _number(objective.dual, 2),
+            objective.verdict and f"[{colours.get(objective.verdict, 'red')}]{objective.verdict}[/]",
+            *[_number(objective.exact)] * with_exact,
+        )
     return lines
 
 
-def _suggestion_table(plan: Plan, primary: str) -> Table:
-    known = any(line["exact"] is not None for line in plan.suggestions)
-    columns = ["at least", primary, "price λ", "KL, nats"] + (["exact"] if known else [])
-    lines = table(["secondary"], [*columns, "set"])
+def suggestion_table(plan: Plan, primary: str) -> Table:
+    """A line per round threshold of each secondary."""
+    with_exact = any(line.exact is not None for line in plan.suggestions)
+    columns = ["at least", primary, "price λ", "KL, nats", *["exact"] * with_exact, "set"]
+    lines = table(["secondary"], columns)
     last = ""
     for line in plan.suggestions:
-        if last and line["secondary"] != last:
+        if last and line.secondary != last:
             lines.add_section()
-        shown = "" if line["secondary"] == last else line["secondary"]
-        last = line["secondary"]
-        row = [
-            shown,
-            f"{line['at_least']:.2f}",
-            f"{line['primary']:.3f} ± {line['ci95']:.3f}",
-            f"{line['dual']:.2f}",
-            f"{line['kl']:.2f}",
-        ]
-        exact = ["–" if line["exact"] is None else f"{line['exact']:.3f}"] if known else []
-        lines.add_row(*row, *exact, f"[dim]{line['override']}[/]")
+        lines.add_row(
+            "" if line.secondary == last else line.secondary,
+            _number(line.at_least, 2),
+            f"{line.primary:.3f} ± {line.ci95:.3f}",
+            _number(line.dual, 2),
+            _number(line.kl, 2),
+            *[_number(line.exact) or "–"] * with_exact,
+            f"[dim]{line.override}[/]",
+        )
+        last = line.secondary
     return lines
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def advice(plan: Plan) -> list[str]:

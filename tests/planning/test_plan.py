@@ -13,7 +13,8 @@ from running import TINY, Finished, read_json
 
 from mopo_cli.data.assistant import SCORED, World, assistant
 from mopo_cli.maths import oracle
-from mopo_cli.planning.attainable import LabelledRows, Pool, answer, label_errors, pair_front, suggestions
+from mopo_cli.planning.attainable import label_errors, optimum, pair_front, suggestions
+from mopo_cli.planning.evidence import Evidence, LabelledRows, ResponsePool
 
 Run = Callable[..., Finished]
 TAU = 0.08
@@ -21,7 +22,7 @@ NAMES = ("helpful", "harmless", "concise")
 
 
 @pytest.fixture(scope="module")
-def truth() -> Pool:
+def truth() -> ResponsePool:
     """Every response of the embedded world for 60 prompts."""
     corpus = assistant()
     world = corpus.world
@@ -29,16 +30,16 @@ def truth() -> Pool:
     prompts = [str(example.prompt) for example in corpus.test or ()][:60]
     columns = [world.objectives.index(name) for name in SCORED]
     win_rates = np.stack([world.win_rates(prompt)[:, columns] for prompt in prompts])
-    return Pool(win_rates, np.log(np.stack([world.mu(prompt) for prompt in prompts])))
+    return ResponsePool(win_rates, np.log(np.stack([world.mu(prompt) for prompt in prompts])))
 
 
-def drawn(truth: Pool, samples: int, seed: int) -> Pool:
+def drawn(truth: ResponsePool, samples: int, seed: int) -> ResponsePool:
     """A pool of samples of mu with their true win rates: what a perfect preference model would give."""
     rng = np.random.default_rng(seed)
     mu = np.exp(truth.log_reference)
     chosen = np.stack([rng.choice(len(p), size=samples, p=p / p.sum()) for p in mu])
     win_rates = np.take_along_axis(truth.win_rates, chosen[:, :, None], axis=1)
-    return Pool(win_rates, np.full(chosen.shape, -math.log(samples)))
+    return ResponsePool(win_rates, np.full(chosen.shape, -math.log(samples)))
 
 
 def silent(objectives: int = 3) -> LabelledRows:
@@ -49,7 +50,7 @@ def silent(objectives: int = 3) -> LabelledRows:
 
 class TestFronts:
     def test_a_pool_that_is_the_truth_has_no_error(self, truth):
-        front = pair_front(NAMES, 0, 1, truth, silent(), truth, TAU, 9)
+        front = pair_front(Evidence(NAMES, TAU, truth, silent(), truth).pair(0, 1), 9)
         assert front.distance is not None
         assert front.distance < 0.004  # the resolution of the traced curve
         for point in front.points:
@@ -57,12 +58,12 @@ class TestFronts:
 
     @pytest.mark.parametrize(("first", "second"), [(0, 1), (0, 2), (1, 2)])
     def test_samples_come_close(self, truth, first, second):
-        front = pair_front(NAMES, first, second, drawn(truth, 64, 0), silent(), truth, TAU, 9)
+        front = pair_front(Evidence(NAMES, TAU, drawn(truth, 64, 0), silent(), truth).pair(first, second), 9)
         assert front.distance is not None
         assert front.distance < 0.03
 
     def test_from_where_it_binds_to_where_it_is_steep(self, truth):
-        front = pair_front(NAMES, 0, 1, truth, silent(), None, TAU, 9)
+        front = pair_front(Evidence(NAMES, TAU, truth, silent()).pair(0, 1), 9)
         unconstrained = oracle.solve(truth.win_rates, truth.log_reference, TAU, np.full(2, -np.inf))
         assert front.free == pytest.approx(unconstrained.win_rates[1], abs=1e-9)
         assert front.points[0].dual == pytest.approx(0.0, abs=1e-6)
@@ -71,19 +72,19 @@ class TestFronts:
         assert front.points[-1].threshold < front.attainable
 
     def test_suggestions_stand_at_round_thresholds(self, truth):
-        lines = suggestions(NAMES, truth, silent(), truth, TAU)
-        assert {line["secondary"] for line in lines} == {"harmless", "concise"}
+        lines = suggestions(Evidence(NAMES, TAU, truth, silent(), truth))
+        assert {line.secondary for line in lines} == {"harmless", "concise"}
         for line in lines:
-            assert round(line["at_least"] / 0.05) * 0.05 == pytest.approx(line["at_least"])
-            assert line["override"] == f"objectives.{line['secondary']}.threshold={line['at_least']:.2f}"
-            assert line["primary"] == pytest.approx(line["exact"], abs=1e-8)
+            assert round(line.at_least / 0.05) * 0.05 == pytest.approx(line.at_least)
+            assert line.override == f"objectives.{line.secondary}.threshold={line.at_least:.2f}"
+            assert line.primary == pytest.approx(line.exact, abs=1e-8)
 
 
 class TestErrors:
     def test_of_prompts_agree_with_a_bootstrap(self, truth):
         pool, b = drawn(truth, 64, 1), np.array([0.55])
-        pool = Pool(pool.win_rates[:, :, :2], pool.log_reference)
-        found = answer(pool, None, TAU, b)
+        pool = ResponsePool(pool.win_rates[:, :, :2], pool.log_reference)
+        found = optimum(Evidence(NAMES[:2], TAU, pool), b)
         rng = np.random.default_rng(0)
         values = []
         for _ in range(300):
