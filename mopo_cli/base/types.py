@@ -6,8 +6,9 @@ Objective 0 is always the primary one; the secondaries follow in the order of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 Message = dict[str, str]  # {"role": "user" | "assistant" | "system", "content": str}
 Text = str | list[Message]  # a plain string, or a conversation
@@ -72,3 +73,16 @@ class PreferenceData:
     def thresholds(self) -> tuple[float | None, ...]:
         """(J,) what the user asks of each secondary; None follows the schedule."""
         return tuple(objective.threshold for objective in self.objectives[1:])
+
+
+class HasRole(Protocol):
+    @property
+    def role(self) -> str: ...
+
+
+R = TypeVar("R", bound=HasRole)
+
+
+def primary_first(objectives: Mapping[str, R]) -> dict[str, R]:
+    """The objectives in the order of the set, but for the primary one, which stands in front."""
+    return dict(sorted(objectives.items(), key=lambda item: item[1].role != "primary"))

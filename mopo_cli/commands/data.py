@@ -22,7 +22,7 @@ from mopo_cli.base.files import write_json
 from mopo_cli.config import compose, schema
 from mopo_cli.data import description, prepare
 from mopo_cli.data.description import Description, Relation
-from mopo_cli.data.statistics import Estimate
+from mopo_cli.data.statistics import WithError
 
 PLAIN_WIDTH = 100  # columns, where the output is not a terminal
 GAUGE = 21  # characters from -1 to 1
@@ -200,10 +200,10 @@ def _signed(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:+.2f}".replace("-", "−")
 
 
-def _share(estimate: Estimate) -> str:
+def _share(estimate: WithError) -> str:
     return "–" if not estimate.n else f"{100 * estimate.value:.1f} ± {100 * estimate.se:.1f}"
 
 
-def _correlation(estimate: Estimate) -> str:
+def _correlation(estimate: WithError) -> str:
     clipped = estimate.value if math.isnan(estimate.value) else max(-1.0, min(1.0, estimate.value))
     return "–" if math.isnan(clipped) else f"{_signed(clipped)} ± {estimate.se:.2f}"

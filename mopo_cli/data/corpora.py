@@ -25,10 +25,10 @@ from mopo_cli.data.rows import (
     split_transcripts,
     undeclared_chosen,
 )
-from mopo_cli.data.subsample import Sample
+from mopo_cli.data.subsample import Reservoir, sampled
 
 Row = dict[str, Any]
-Found = tuple[str, Row]  # where, and what
+LocatedRow = tuple[str, Row]  # where, and what
 ULTRAFEEDBACK_ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
 HELPSTEER2_ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 QA_FEEDBACK_PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))  # of its six comparisons, in order
@@ -70,12 +70,12 @@ def pairs(
             "dataset.path is missing: set dataset.path=<file> to a .jsonl or .parquet file (or a directory, or a hub "
             "id) with your preference rows"
         )
-    samples = None if max_rows is None else (Sample[Found](max_rows), Sample[Found](max_rows))
+    samples = None if max_rows is None else (Reservoir[LocatedRow](max_rows), Reservoir[LocatedRow](max_rows))
     train, test = _train_and_test(path, "test", "validation", samples=samples)
     notes: Row = {}
     if not objectives and chosen_means is None:
         train = _declared(train)
-    taken = _sampled(train, samples[0], notes, "sample") if samples else None
+    taken = sampled(_by_its_prompt(train), samples[0], notes, "sample") if samples else None
     names = tuple(objectives) if objectives else _carried_objectives(path, chosen_means, taken)
     ties = _checked_margins(margins or {}, names)
     if chosen_means is not None and chosen_means not in names:
@@ -84,7 +84,7 @@ def pairs(
     if test_path is not None:
         test = read_rows(test_path, sample=samples and samples[1])
     if samples is not None and test is not None:
-        test = _drained(_sampled(test, samples[1], notes, "test_sample"))
+        test = _drained(sampled(_by_its_prompt(test), samples[1], notes, "test_sample"))
 
     skipped: dict[str, int] = {}
 
@@ -113,17 +113,11 @@ def _declared(rows: Rows) -> Rows:
         yield from rows
 
 
-def _sampled(rows: Rows, sample: Sample[Found], notes: Row, name: str) -> list[Found]:
-    """The rows that the sample takes, with a note of what it left out."""
-    for where, row in rows:
-        sample.add(prompt_of_row(row), (where, row))
-    taken = sample.taken()
-    if sample.note:
-        notes[name] = sample.note
-    return taken
+def _by_its_prompt(rows: Rows) -> Iterator[tuple[str, LocatedRow]]:
+    return ((prompt_of_row(row), (where, row)) for where, row in rows)
 
 
-def _drained(rows: list[Found]) -> Rows:
+def _drained(rows: list[LocatedRow]) -> Rows:
     """The rows in order; each leaves the list, so that it need not stay beside what is made of it."""
     rows.reverse()
     while rows:
@@ -341,7 +335,7 @@ def _train_and_test(
     *test_splits: str,
     data_dir: str | None = None,
     revision: str | None = None,
-    samples: tuple[Sample[Any], Sample[Any]] | None = None,
+    samples: tuple[Reservoir[Any], Reservoir[Any]] | None = None,
 ) -> tuple[Rows, Rows | None]:
     """The rows of the train split, and of the first of `test_splits` that exists; a single file is all train."""
     splits = split_names(path, data_dir=data_dir, revision=revision)
@@ -401,7 +395,7 @@ def _without_blanks(row: Row) -> Row:
     return {**row, "responses": [row["responses"][i] for i in kept], "scores": scores, "labels": labels}
 
 
-def _carried_objectives(path: str, chosen_means: str | None, rows: Iterable[Found] | None) -> tuple[str, ...]:
+def _carried_objectives(path: str, chosen_means: str | None, rows: Iterable[LocatedRow] | None) -> tuple[str, ...]:
     """Every objective that some training row carries labels for, in order of appearance; None reads the path anew."""
     names: dict[str, None] = {} if chosen_means is None else {chosen_means: None}
     where = path

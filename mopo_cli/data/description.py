@@ -12,8 +12,8 @@ import numpy as np
 from mopo_cli.base.types import Example, Objective, PreferenceData
 from mopo_cli.data.prepare import prompt_key
 from mopo_cli.data.statistics import (
-    Estimate,
-    PairTable,
+    PairArrays,
+    WithError,
     WithinRows,
     longer_preferred,
     mean,
@@ -66,10 +66,10 @@ class Labels:
     first: float
     ties: float
     second: float
-    first_wins: Estimate  # share of the decided pairs
-    cyclic: Estimate  # share of the decided triples
-    signal: Estimate  # 12 Var of a response's true win rate: 1 for a ranking, 0 for coin flips
-    longer_wins: Estimate  # share of the decided pairs whose lengths differ
+    first_wins: WithError  # share of the decided pairs
+    cyclic: WithError  # share of the decided triples
+    signal: WithError  # 12 Var of a response's true win rate: 1 for a ranking, 0 for coin flips
+    longer_wins: WithError  # share of the decided pairs whose lengths differ
     length_correlation: float  # of the preference with the difference in words
 
 
@@ -85,10 +85,10 @@ class Relation:
     """
 
     objectives: tuple[str, str]
-    agreement: Estimate  # among the pairs that both decided
+    agreement: WithError  # among the pairs that both decided
     method: str
-    observed: Estimate
-    correlation: Estimate
+    observed: WithError
+    correlation: WithError
     ci95: tuple[float, float]
     verdict: str
 
@@ -133,7 +133,7 @@ def _spread(values: np.ndarray) -> Spread:
     return Spread(*(float(value) for value in np.quantile(values, [0.0, 0.5, 0.95, 1.0])))
 
 
-def _labels(objective: Objective, k: int, table: PairTable, within: WithinRows, training_rows: int) -> Labels:
+def _labels(objective: Objective, k: int, table: PairArrays, within: WithinRows, training_rows: int) -> Labels:
     judged = ~np.isnan(table.labels[:, k])
     decided = judged & (table.labels[:, k] != 0.5)
     labels = table.labels[judged, k]
@@ -157,7 +157,7 @@ def _labels(objective: Objective, k: int, table: PairTable, within: WithinRows, 
     )
 
 
-def relate(names: Sequence[str], table: PairTable, within: WithinRows, j: int, k: int) -> Relation:
+def relate(names: Sequence[str], table: PairArrays, within: WithinRows, j: int, k: int) -> Relation:
     """How objectives j and k relate; see Relation for the statistic."""
     share, (low, high) = sign_agreement(table, j, k)
     if np.median(table.sizes) >= 3:
@@ -167,7 +167,7 @@ def relate(names: Sequence[str], table: PairTable, within: WithinRows, j: int, k
         low, high = correlation.low, correlation.high
     else:
         method = "signs"
-        observed = correlation = Estimate(2 * share.value - 1, 2 * share.se, share.n)
+        observed = correlation = WithError(2 * share.value - 1, 2 * share.se, share.n)
         low, high = 2 * low - 1, 2 * high - 1
     known = not (math.isnan(low) or math.isnan(high))
     interval = (max(low, -1.0), min(high, 1.0)) if known else (math.nan, math.nan)

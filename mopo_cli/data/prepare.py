@@ -7,17 +7,17 @@ import importlib
 import inspect
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from mopo_cli.base.errors import UserError
-from mopo_cli.base.types import Corpus, Example, Message, Objective, PreferenceData, Scorer, Text
+from mopo_cli.base.types import Corpus, Example, Message, Objective, PreferenceData, Scorer, Text, primary_first
 from mopo_cli.config.compose import build
 from mopo_cli.config.schema import ObjectiveConfig, check_primary
 from mopo_cli.data.rows import preference, text_key
-from mopo_cli.data.subsample import Sample
+from mopo_cli.data.subsample import Reservoir, sampled
 
 COMMON_KEYS = ("heldout_fraction", "test_fraction", "max_rows", "overlong", "labels")
 Split = tuple[list[Example], list[Example], list[Example]]  # training, held out, test
@@ -36,15 +36,15 @@ def load(dataset: dict[str, Any], objectives: dict[str, ObjectiveConfig]) -> Pre
     examples, unlabelled = _select(corpus.examples, chosen, corpus)
     _check_labels(examples, chosen, "the data", unlabelled)
     if corpus.test is None:
-        train, kept, tested = _split(examples, heldout, test)
+        train, heldout_rows, tested = _split(examples, heldout, test)
     else:
-        train, kept, _ = _split(examples, heldout, 0.0)
+        train, heldout_rows, _ = _split(examples, heldout, 0.0)
         tested, more = _select(corpus.test, chosen, corpus)
         unlabelled += more
-    _check_sizes({"training": train, "held-out": kept, "test": tested}, len(examples))
+    _check_sizes({"training": train, "held-out": heldout_rows, "test": tested}, len(examples))
     _check_labels(train, chosen, "the training rows")
     provenance = {"labels": dataset.get("labels"), **corpus.provenance, **_own_labels(chosen, unlabelled)}
-    return PreferenceData(chosen, train, kept, tested, provenance, corpus.world)
+    return PreferenceData(chosen, train, heldout_rows, tested, provenance, corpus.world)
 
 
 def _corpus(dataset: dict[str, Any]) -> Corpus:
@@ -60,9 +60,13 @@ def _corpus(dataset: dict[str, Any]) -> Corpus:
     if limit is None:
         return corpus
     notes: dict[str, object] = {}
-    examples = _sampled(corpus.examples, limit, notes, "sample")
-    test = None if corpus.test is None else _sampled(corpus.test, limit, notes, "test_sample")
+    examples = sampled(_by_prompt(corpus.examples), Reservoir(limit), notes, "sample")
+    test = corpus.test and sampled(_by_prompt(corpus.test), Reservoir(limit), notes, "test_sample")
     return replace(corpus, examples=examples, test=test, provenance={**corpus.provenance, **notes})
+
+
+def _by_prompt(examples: Iterable[Example]) -> Iterator[tuple[str, Example]]:
+    return ((prompt_key(example), example) for example in examples)
 
 
 def _takes_max_rows(target: str) -> bool:
@@ -71,16 +75,6 @@ def _takes_max_rows(target: str) -> bool:
         return "max_rows" in inspect.signature(getattr(importlib.import_module(module), name)).parameters
     except Exception:  # `build` says what is wrong with it
         return False
-
-
-def _sampled(examples: Iterable[Example], limit: int, notes: dict[str, object], name: str) -> list[Example]:
-    sample: Sample[Example] = Sample(limit)
-    for example in examples:
-        sample.add(prompt_key(example), example)
-    taken = sample.taken()
-    if sample.note:
-        notes[name] = sample.note
-    return taken
 
 
 def _fractions(dataset: dict[str, Any]) -> tuple[float, float]:
@@ -101,9 +95,8 @@ def _fractions(dataset: dict[str, Any]) -> tuple[float, float]:
 
 def resolve_objectives(objectives: dict[str, ObjectiveConfig], corpus: Corpus) -> tuple[Objective, ...]:
     """The objective set's records, primary first; UserError where the corpus has no such labels."""
-    ordered = sorted(objectives.items(), key=lambda item: item[1].role != "primary")
     chosen = []
-    for name, node in ordered:
+    for name, node in primary_first(objectives).items():
         source = node.source or name
         if node.computed is None and source not in corpus.objectives:
             raise UserError(

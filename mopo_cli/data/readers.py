@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mopo_cli.base.console import count_rows
 from mopo_cli.base.errors import UserError
-from mopo_cli.data.subsample import Sample
+from mopo_cli.data.subsample import Reservoir
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder
@@ -38,7 +38,7 @@ def read_rows(
     name: str | None = None,
     data_dir: str | None = None,
     revision: str | None = None,
-    sample: Sample[Any] | None = None,
+    sample: Reservoir[Any] | None = None,
 ) -> Rows:
     """Open `path` and return an iterator over (where, row).
 
@@ -84,7 +84,7 @@ def _local_target(path: str, data_dir: str | None) -> Path:
 
 
 # Files
-def _file_rows(path: Path, sample: Sample[Any] | None = None) -> Rows:
+def _file_rows(path: Path, sample: Reservoir[Any] | None = None) -> Rows:
     if path.name.endswith(".parquet"):
         return _parquet_rows(path, sample)
     if path.name.endswith((".json", ".json.gz")) and _starts_a_list(path):
@@ -146,7 +146,7 @@ def _object(row: Any, where: str) -> dict[str, Any]:
     return row
 
 
-def _parquet_rows(path: Path, sample: Sample[Any] | None = None) -> Rows:
+def _parquet_rows(path: Path, sample: Reservoir[Any] | None = None) -> Rows:
     import pyarrow as pa  # slow to import, and only this format needs it here
     import pyarrow.parquet as pq
 
@@ -205,7 +205,7 @@ def _data_set_rows(
     name: str | None,
     data_dir: str | None,
     revision: str | None,
-    sample: Sample[Any] | None,
+    sample: Reservoir[Any] | None,
 ) -> Rows:
     builder = _open_builder(path, name, data_dir, revision)
     files = {str(found): [str(file) for file in listed] for found, listed in (builder.config.data_files or {}).items()}

@@ -20,7 +20,7 @@ BLOCK = 2_000_000  # numbers in one array of outcomes at a time
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
+class WithError:
     """A number with its standard error, from n observations; NaN where there is none."""
 
     value: float
@@ -37,7 +37,7 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
-class PairTable:
+class PairArrays:
     """All labelled pairs of all rows, as arrays."""
 
     row: np.ndarray  # (P,) which row
@@ -62,7 +62,7 @@ class PairTable:
         return self.prompt[self.row]
 
 
-def tabulate(examples: Sequence[Example]) -> PairTable:
+def tabulate(examples: Sequence[Example]) -> PairArrays:
     """The examples' pairs as arrays; words are separated by white space."""
     numbers: dict[str, int] = {}
     prompts = [numbers.setdefault(prompt_key(example), len(numbers)) for example in examples]
@@ -73,7 +73,7 @@ def tabulate(examples: Sequence[Example]) -> PairTable:
         for a, b in example.pairs
     ]
     row, first, second, longer, identical = np.array(pairs, dtype=np.int64).T
-    return PairTable(
+    return PairArrays(
         row,
         first,
         second,
@@ -87,19 +87,19 @@ def tabulate(examples: Sequence[Example]) -> PairTable:
     )
 
 
-def ratio(numerator: np.ndarray, denominator: np.ndarray, cluster: np.ndarray) -> Estimate:
+def ratio(numerator: np.ndarray, denominator: np.ndarray, cluster: np.ndarray) -> WithError:
     """sum(numerator) / sum(denominator), with a standard error that is robust to dependence within a cluster.
 
     n is the sum of the denominator. NaN where that is 0; the error is NaN with a single cluster.
     """
     total = float(denominator.sum())
     if total <= 0:
-        return Estimate(math.nan, math.nan, 0)
+        return WithError(math.nan, math.nan, 0)
     value = float(numerator.sum()) / total
-    return Estimate(value, _clustered((numerator - value * denominator) / total, cluster), round(total))
+    return WithError(value, _clustered((numerator - value * denominator) / total, cluster), round(total))
 
 
-def mean(values: np.ndarray, cluster: np.ndarray) -> Estimate:
+def mean(values: np.ndarray, cluster: np.ndarray) -> WithError:
     """The mean of the values that are not NaN, with its cluster-robust standard error."""
     known = ~np.isnan(values)
     return ratio(values[known], np.ones(int(known.sum())), cluster[known])
@@ -112,7 +112,7 @@ def _clustered(influence: np.ndarray, cluster: np.ndarray) -> float:
     return math.sqrt(float((sums**2).sum()) * count / (count - 1)) if count > 1 else math.nan
 
 
-def wilson(share: Estimate, clusters: int) -> tuple[float, float]:
+def wilson(share: WithError, clusters: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share, which stays sensible near 0 and 1 and with few observations.
 
     The effective number of observations is what the clustered standard error leaves of n; where every observation is
@@ -126,7 +126,7 @@ def wilson(share: Estimate, clusters: int) -> tuple[float, float]:
     return centre - half, centre + half
 
 
-def sign_agreement(table: PairTable, j: int, k: int) -> tuple[Estimate, tuple[float, float]]:
+def sign_agreement(table: PairArrays, j: int, k: int) -> tuple[WithError, tuple[float, float]]:
     """How often objectives j and k prefer the same response, among the pairs that both decided; and its interval."""
     s = table.outcomes[:, [j, k]]
     both = ~np.isnan(s).any(axis=1) & (s != 0).all(axis=1)
@@ -136,7 +136,7 @@ def sign_agreement(table: PairTable, j: int, k: int) -> tuple[Estimate, tuple[fl
     return share, wilson(share, len(np.unique(cluster))) if share.n else (math.nan, math.nan)
 
 
-def longer_preferred(table: PairTable, k: int) -> tuple[Estimate, float]:
+def longer_preferred(table: PairArrays, k: int) -> tuple[WithError, float]:
     """How often objective k prefers the longer of two responses, and the correlation of s with the difference in words.
 
     The correlation is not centred, so that it does not depend on which response of a pair comes first.
@@ -160,7 +160,7 @@ class WithinRows:
     triples: np.ndarray  # (N, K) triples of which every pair is decided
 
 
-def within_rows(table: PairTable) -> WithinRows:
+def within_rows(table: PairArrays) -> WithinRows:
     """Moments, rank correlations and cycles within each row."""
     rows, size = len(table.sizes), table.labels.shape[1]
     square = np.full((rows, size, size), np.nan)
@@ -172,7 +172,7 @@ def within_rows(table: PairTable) -> WithinRows:
     return found
 
 
-def _blocks(table: PairTable) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _blocks(table: PairArrays) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(rows, outcomes (R, K, G, G)) for each G above 2: s of the second-last index over the last, NaN if unknown."""
     s, size = table.outcomes, table.labels.shape[1]
     for responses in np.unique(table.sizes[table.sizes >= 3]):
@@ -227,7 +227,7 @@ def _cycles(outcomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return cyclic, np.trace(decided @ decided @ decided, axis1=2, axis2=3) / 6
 
 
-def true_correlation(cross: np.ndarray, cluster: np.ndarray, j: int, k: int) -> Estimate:
+def true_correlation(cross: np.ndarray, cluster: np.ndarray, j: int, k: int) -> WithError:
     """The within-prompt correlation of the true win rates p_j and p_k of a response, freed of label noise.
 
     A single 0/1 label is mostly noise, so the correlation of win rates counted from the labels of one row lies closer
@@ -249,9 +249,9 @@ def true_correlation(cross: np.ndarray, cluster: np.ndarray, j: int, k: int) -> 
     moments, cluster = moments[known], cluster[known]
     covariance, *variances = (mean(column, cluster) for column in moments.T)
     if any(not v.value > 3 * v.se for v in variances):
-        return Estimate(math.nan, math.nan, len(moments))
+        return WithError(math.nan, math.nan, len(moments))
     scale = math.sqrt(variances[0].value * variances[1].value)
     rho = covariance.value / scale
     relative = moments[:, 1:] / [v.value for v in variances]
     influence = moments[:, 0] / scale - rho * relative.mean(axis=1)
-    return Estimate(rho, _clustered(influence / len(moments), cluster), len(moments))
+    return WithError(rho, _clustered(influence / len(moments), cluster), len(moments))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable
 from hashlib import blake2b
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from mopo_cli.base.errors import UserError
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 _END = b"\xff" * 9  # after every hash
 
 
-class Sample(Generic[T]):
+class Reservoir(Generic[T]):
     """At most `limit` items: those whose prompts have the least hashes, and of each prompt all or none.
 
     The hash is none that the split into training, held-out and test rows looks at, so the sample leaves their shares
@@ -37,10 +37,10 @@ class Sample(Generic[T]):
 
     def add(self, prompt: str, item: T) -> None:
         self.seen += 1
-        found = _hash(prompt.encode("utf-8", "surrogatepass"))
-        if found >= self._bar:
+        digest = _hash(prompt.encode("utf-8", "surrogatepass"))
+        if digest >= self._bar:
             return
-        heapq.heappush(self._heap, (-int.from_bytes(found, "big"), self.seen, item))
+        heapq.heappush(self._heap, (-int.from_bytes(digest, "big"), self.seen, item))
         while len(self._heap) > self.limit:
             worst = self._heap[0][0]
             self._bar = (-worst).to_bytes(8, "big")
@@ -62,6 +62,16 @@ class Sample(Generic[T]):
         if self.seen == len(self._heap):
             return None
         return f"{len(self._heap):,} of {self.seen:,} rows, a fixed sample (dataset.max_rows)"
+
+
+def sampled(items: Iterable[tuple[str, T]], reservoir: Reservoir[T], notes: dict[str, Any], name: str) -> list[T]:
+    """Of (prompt, item) pairs the items that the reservoir takes, with a note under `name` of what it left out."""
+    for prompt, item in items:
+        reservoir.add(prompt, item)
+    taken = reservoir.taken()
+    if reservoir.note:
+        notes[name] = reservoir.note
+    return taken
 
 
 def _hash(prompt: bytes) -> bytes:

@@ -24,7 +24,7 @@ from mopo_cli.commands import data
 from mopo_cli.data import description, statistics
 from mopo_cli.data.assistant import World, assistant
 from mopo_cli.data.description import Description, describe, notes_of, warnings_of
-from mopo_cli.data.statistics import Estimate, PairTable, tabulate, within_rows
+from mopo_cli.data.statistics import PairArrays, WithError, tabulate, within_rows
 
 NAN = math.nan
 PAIRS3 = ((0, 1), (0, 2), (1, 2))
@@ -65,24 +65,24 @@ class TestEstimates:
     def test_errors_count_clusters(self):
         found = statistics.mean(np.array([1.0, 0.0, 1.0, 1.0, NAN]), np.array([5, 5, 9, 9, 9]))
         # deviations from 0.75 add up to -0.5 and 0.5 in the clusters; sqrt((1/8)^2 * 2 * 2/(2-1)) = 0.25
-        assert found == Estimate(0.75, pytest.approx(0.25), 4)  # type: ignore[arg-type]
+        assert found == WithError(0.75, pytest.approx(0.25), 4)  # type: ignore[arg-type]
         one_each = statistics.mean(np.array([1.0, 0.0, 1.0, 1.0]), np.arange(4))
         assert one_each.se == pytest.approx(math.sqrt(0.75 / 3 / 4))  # the usual s / sqrt(n)
 
     def test_a_ratio_of_sums(self):
         found = statistics.ratio(np.array([1.0, 2.0]), np.array([2.0, 2.0]), np.array([0, 1]))
-        assert found == Estimate(0.75, pytest.approx(0.25), 4)  # type: ignore[arg-type]
+        assert found == WithError(0.75, pytest.approx(0.25), 4)  # type: ignore[arg-type]
         assert math.isnan(statistics.ratio(np.zeros(3), np.zeros(3), np.arange(3)).value)
         assert math.isnan(statistics.ratio(np.ones(3), np.ones(3), np.zeros(3, int)).se)
 
     def test_wilson_by_hand(self):
-        low, high = statistics.wilson(Estimate(1.0, 0.0, 10), 10)
+        low, high = statistics.wilson(WithError(1.0, 0.0, 10), 10)
         assert low == pytest.approx(10 / (10 + statistics.Z95**2))
         assert high == pytest.approx(1.0)
-        low, high = statistics.wilson(Estimate(0.5, 0.05, 100), 100)
+        low, high = statistics.wilson(WithError(0.5, 0.05, 100), 100)
         assert low == pytest.approx(0.4038, abs=1e-4)
         assert high == pytest.approx(0.5962, abs=1e-4)
-        wider = statistics.wilson(Estimate(0.5, 0.1, 100), 25)  # the error says: worth 25 observations
+        wider = statistics.wilson(WithError(0.5, 0.1, 100), 25)  # the error says: worth 25 observations
         assert wider[0] == pytest.approx(0.3170, abs=1e-3)
 
 
@@ -177,12 +177,12 @@ class TestWithinRows:
 
 class TestTrueCorrelation:
     @pytest.fixture(scope="class")
-    def world_table(self) -> tuple[World, PairTable]:
+    def world_table(self) -> tuple[World, PairArrays]:
         corpus = assistant(rows=3000)
         assert isinstance(corpus.world, World)
         return corpus.world, tabulate(list(corpus.examples))
 
-    def test_matches_the_exact_correlation_of_the_embedded_world(self, world_table: tuple[World, PairTable]):
+    def test_matches_the_exact_correlation_of_the_embedded_world(self, world_table: tuple[World, PairArrays]):
         world, table = world_table
         moments = np.zeros((3, 3))
         one_each = {topic: prompt for prompt, topic in world.prompts.items()}.values()  # phrasing does not matter
@@ -462,7 +462,7 @@ class TestCommand:
 
 class TestGauge:
     def relation(self, low: float, value: float, high: float) -> description.Relation:
-        e = Estimate(value, 0.1, 9)
+        e = WithError(value, 0.1, 9)
         return description.Relation(("a", "b"), e, "ranks", e, e, (low, high), "")
 
     @pytest.mark.parametrize(
@@ -478,7 +478,7 @@ class TestGauge:
         assert data.gauge(self.relation(*interval)) == drawn
 
     def test_a_file_of_numbers_replaces_what_json_cannot_hold(self, tmp_path: Path):
-        files.write_json(tmp_path / "a.json", {"a": (NAN, 1, math.inf), "b": asdict(Estimate(0.5, NAN, 2))})
+        files.write_json(tmp_path / "a.json", {"a": (NAN, 1, math.inf), "b": asdict(WithError(0.5, NAN, 2))})
         assert files.read_json(tmp_path / "a.json") == {
             "a": [None, 1, None],
             "b": {"value": 0.5, "se": None, "n": 2},

@@ -24,11 +24,11 @@ from mopo_cli.data import prepare, readers
 from mopo_cli.data.assistant import assistant
 from mopo_cli.data.corpora import pairs
 from mopo_cli.data.rows import prompt_of_row
-from mopo_cli.data.subsample import Sample
+from mopo_cli.data.subsample import Reservoir
 
 
 def taken(prompts: list[str], limit: int) -> list[int]:
-    sample: Sample[int] = Sample(limit)
+    sample: Reservoir[int] = Reservoir(limit)
     for number, prompt in enumerate(prompts):
         sample.add(prompt, number)
     return sample.taken()
@@ -60,7 +60,7 @@ class TestSample:
 
     def test_what_is_not_wanted_would_not_have_been_taken(self):
         prompts = [f"q{i % 700}" for i in range(1000)]
-        sample: Sample[int] = Sample(100)
+        sample: Reservoir[int] = Reservoir(100)
         for start in range(0, 1000, 64):
             block = prompts[start : start + 64]
             for place in sample.wanted([prompt.encode() for prompt in block]):
