@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from io import StringIO
 from typing import TextIO
 
+from rich import progress as bars
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, ProgressColumn, Task
+from rich.progress import BarColumn, ProgressColumn
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -33,14 +34,14 @@ def clock(seconds: float | None) -> str:
 
 
 class _Name(ProgressColumn):
-    def render(self, task: Task) -> Text:
+    def render(self, task: bars.Task) -> Text:
         return Text(f"{task.description:<16}", style="bold")
 
 
 class _Numbers(ProgressColumn):
     """Steps and times; of a stage that has ended, only how long it took. Then what was last measured."""
 
-    def render(self, task: Task) -> Text:
+    def render(self, task: bars.Task) -> Text:
         counted = task.total is not None and task.total > 1
         steps = f"{int(task.completed)}/{int(task.total)}" if task.total and counted else ""
         left = f" eta {clock(task.time_remaining)}" if counted and not task.finished else ""
@@ -48,10 +49,12 @@ class _Numbers(ProgressColumn):
         return Text.assemble(f"{steps:>7} {elapsed:>5}", (left, "cyan"), "  ", (task.fields["numbers"], "dim"))
 
 
-class Stage:
+class Progress:
     """Progress of one stage; `advance` takes the step just done and a few numbers worth reading."""
 
-    def __init__(self, name: str, total: int, progress: Progress | None = None, start: int = 0, quiet: bool = False):
+    def __init__(
+        self, name: str, total: int, progress: bars.Progress | None = None, start: int = 0, quiet: bool = False
+    ):
         self.name, self.total, self.progress, self.start, self.quiet = name, total, progress, start, quiet
         self.started = self.printed = time.monotonic()
         # A stage of one step has nothing to count: its bar only shows that it is alive.
@@ -86,7 +89,7 @@ class Stage:
             _write(f"{self.name}: {text}")
 
 
-_open: list[Stage] = []  # the stage that runs now
+_open: list[Progress] = []  # the stage that runs now
 
 
 def count_rows(rows: int, done: str = "read") -> None:
@@ -96,7 +99,7 @@ def count_rows(rows: int, done: str = "read") -> None:
 
 
 @contextmanager
-def stage(name: str, total: int, start: int = 0, brief: bool = False) -> Iterator[Stage]:
+def stage(name: str, total: int, start: int = 0, brief: bool = False) -> Iterator[Progress]:
     """One stage of a run, from step `start`; says what it is when it starts and how long it took when it ends.
 
     A brief one is not worth these lines where nobody watches; it still says how far it is, every PLAIN_EVERY seconds.
@@ -110,21 +113,21 @@ def stage(name: str, total: int, start: int = 0, brief: bool = False) -> Iterato
 
 
 @contextmanager
-def _shown(name: str, total: int, start: int, brief: bool) -> Iterator[Stage]:
+def _shown(name: str, total: int, start: int, brief: bool) -> Iterator[Progress]:
     if follower is not None:
         follower(name, start, total)
     if not is_main():
-        yield Stage(name, total, quiet=True)
+        yield Progress(name, total, quiet=True)
     elif console.is_interactive:
         columns = (
             _Name(Column(no_wrap=True, min_width=16)),
             BarColumn(bar_width=16, table_column=Column(min_width=8)),
             _Numbers(Column(no_wrap=True, overflow="ellipsis")),
         )
-        with Progress(*columns, console=console) as progress:
-            yield Stage(name, total, progress, start)
+        with bars.Progress(*columns, console=console) as progress:
+            yield Progress(name, total, progress, start)
     else:
-        running = Stage(name, total, start=start)
+        running = Progress(name, total, start=start)
         if not brief:
             _write(f"{name}: started")
         yield running

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from mopo_cli.base.console import Stage, say, stage
+from mopo_cli.base.console import Progress, say, stage
 from mopo_cli.base.types import Example
 from mopo_cli.config.schema import PreferenceModelConfig, TrainConfig
 from mopo_cli.data.batches import Collator, TokenBatch, batch_rows
@@ -87,7 +87,7 @@ def fit_preference_model(
     collate: Collator,
     config: PreferenceModelConfig,
     seed: int,
-    stage: Stage,
+    stage: Progress,
 ) -> list[float]:
     """`train_preference_model` on the labelled pairs."""
     rows = train[1]
@@ -124,7 +124,7 @@ def train_preference_model(
     heldout: tuple[Sequence[Example], Sequence[TokenRow]],
     collate: Collator,
     config: PreferenceModelConfig,
-    stage: Stage,
+    stage: Progress,
 ) -> list[float]:
     """Train on a task, keep the weights with the best cross-entropy on (at most 1 000) held-out rows.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch import Tensor
 
-from mopo_cli.base.console import Stage, say, stage
+from mopo_cli.base.console import Progress, say, stage
 from mopo_cli.config.schema import PreferenceModelConfig, SftConfig, TrainConfig
 from mopo_cli.data.batches import batch_rows
 from mopo_cli.data.table import TokenRow, row_length
@@ -55,7 +55,7 @@ def fit_reference(
     rows: Sequence[TokenRow],
     config: SftConfig,
     seed: int,
-    stage: Stage,
+    stage: Progress,
 ) -> float:
     """SFT on every response of the data, so that the policy imitates mu. Returns the last loss, nats a token.
 
