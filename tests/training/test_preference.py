@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from mopo_cli.base.console import Stage
+from mopo_cli.base.console import Progress
 from mopo_cli.config.schema import ModelConfig, ObjectiveConfig, OptimiserConfig, PreferenceModelConfig, TokenizerConfig
 from mopo_cli.data.batches import Collator
 from mopo_cli.data.encoder import Encoder
@@ -97,7 +97,7 @@ def fit(world, form: str):
     optimiser = OptimiserConfig(learning_rate=1e-3, weight_decay=0.01, warmup=10)
     config = PreferenceModelConfig(form=form, steps=250, batch_size=32, evaluate_every=50, optimiser=optimiser)
     parts = (data.train, rows["train"]), (data.heldout, rows["heldout"])
-    measured = fit_preference_model(Accelerator(), model, *parts, collate, config, 0, Stage("fit", 250, None))
+    measured = fit_preference_model(Accelerator(), model, *parts, collate, config, 0, Progress("fit", 250, None))
     return model, measured
 
 
