@@ -11,18 +11,27 @@ from typing import Any
 import numpy as np
 
 from mopo_cli.maths import pareto
-from mopo_cli.report.theme import HUES, NAMED, Spec, _one_line
+from mopo_cli.report.theme import HUES, NAMED, one_line
 from mopo_cli.runs.record import METHOD, ReportedRun, value_of
 
 
 @dataclass(frozen=True, slots=True)
+class Panel:
+    """A chart, and in the end its Vega-Lite; `rows` where their number is its height, `wide` where it stands alone."""
+
+    chart: Any
+    wide: bool = False
+    rows: float = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Figure:
-    """Panels that are read together; `shared` scales have one legend for all."""
+    """Panels that are read together; `shared` scales have one legend for all. `id` is the name of its file."""
 
     id: str
     title: str
     caption: str
-    panels: list[Spec]
+    panels: list[Panel]
     shared: tuple[str, ...] = ("color", "shape", "strokeDash")
     height: int = 240
     columns: int = 3
@@ -44,13 +53,13 @@ class Group:
         return [run for run in self.runs if run.finished]
 
     @property
-    def by_method(self) -> bool:
+    def by_algorithm(self) -> bool:
         """Whether runs are told apart by their methods, where these vary."""
         return METHOD in self.settings
 
     @property
     def by_run(self) -> bool:
-        return len(self.runs) <= NAMED and not self.by_method
+        return len(self.runs) <= NAMED and not self.by_algorithm
 
     def points(self) -> np.ndarray:
         """(n, K) of the runs that ended."""
@@ -89,7 +98,7 @@ def plane(group: Group) -> tuple[int, int] | None:
 
     None where methods have each their own settings: a cell would mix trade-offs that are not the same.
     """
-    if group.by_method and any(not value_of(run, key) for run in group.ended for key in group.settings):
+    if group.by_algorithm and any(not value_of(run, key) for run in group.ended for key in group.settings):
         return None
     for pair in combinations(range(len(group.settings)), 2):
         found = [tuple(value_of(run, list(group.settings)[i]) for i in pair) for run in group.ended]
@@ -116,13 +125,13 @@ def datasets(group: Group, lines: int = 6000) -> dict[str, list[dict[str, Any]]]
         for k, name in enumerate(group.names)
         if f"w{k}" in row
     ]
-    return _one_line({"runs": rows, "history": history, "reached": reached})
+    return one_line({"runs": rows, "history": history, "reached": reached})
 
 
 def _front(group: Group) -> dict[str, bool]:
     """By run: whether no other, or no other of its method where methods vary, beats it."""
     front: dict[str, bool] = {}
-    methods = {run.id: value_of(run, METHOD) if group.by_method else "" for run in group.ended}
+    methods = {run.id: value_of(run, METHOD) if group.by_algorithm else "" for run in group.ended}
     for method in dict.fromkeys(methods.values()):
         own = [run for run in group.ended if methods[run.id] == method]
         kept = pareto.nondominated(np.array([run.points(group.exact) for run in own]))
@@ -141,7 +150,7 @@ def _row(group: Group, run: ReportedRun, front: bool | None, axes: tuple[int, in
         "front": front,
         "settings": [value_of(run, key) for key in group.settings],
         "kl": (oracle.get("kl") if group.exact else None) or run.summary.get("kl"),
-        "okl": oracle.get("optimum_kl") if _aimed(run) else None,
+        "okl": oracle.get("optimum_kl") if aimed(run) else None,
         "step": next((line["step"] for line in reversed(run.history)), None),
     }
     for k, result in enumerate(run.objectives.values()):
@@ -149,7 +158,7 @@ def _row(group: Group, run: ReportedRun, front: bool | None, axes: tuple[int, in
         if result.win_rate is None or result.ci95 is None:
             continue
         row[f"w{k}"], (row[f"l{k}"], row[f"h{k}"]) = result.win_rate, result.ci95
-        row[f"e{k}"], row[f"o{k}"] = result.exact, result.optimum if _aimed(run) else None
+        row[f"e{k}"], row[f"o{k}"] = result.exact, result.optimum if aimed(run) else None
         row[f"x{k}"] = reached = result.exact if group.exact else result.win_rate
         if result.threshold is not None and reached is not None:
             row[f"m{k}"] = reached - result.threshold
@@ -158,21 +167,21 @@ def _row(group: Group, run: ReportedRun, front: bool | None, axes: tuple[int, in
     return {key: _rounded(value) for key, value in row.items() if value is not None}
 
 
-def _aimed(run: ReportedRun) -> bool:
+def aimed(run: ReportedRun) -> bool:
     """Whether (P) is what a run was to solve: thresholds were asked, or there is nothing to ask them of."""
     return len(run.objectives) == 1 or any(r.threshold is not None for r in run.objectives.values())
 
 
 def colour_setting(group: Group) -> str | None:
     """The setting that gives runs their colour: the method, or the first where there are too many for a colour each."""
-    if group.by_method:
+    if group.by_algorithm:
         return METHOD
     return next((key for key, values in group.settings.items() if 2 <= len(values) <= HUES), None)
 
 
 def shape_setting(group: Group) -> str | None:
     """The setting that gives them their shape: the next, or the method again, as ten colours are hard to tell apart."""
-    if group.by_method:
+    if group.by_algorithm:
         return METHOD
     fitting = [key for key, values in group.settings.items() if 2 <= len(values) <= HUES]
     return None if group.by_run or len(fitting) < 2 else fitting[1]
@@ -233,7 +242,7 @@ def exact_front(group: Group) -> np.ndarray | None:
 
 PAIRS = {
     "loss": ("loss", "loss"),
-    "better": ("preferred_logp", "log-prob of the preferred response, nats"),
+    "better": ("preferred_logp", "log-prob of the preferred, nats"),
     "worse": ("other_logp", "log-prob of the other, nats"),
     "order": ("accuracy", "pairs in the labels' order, share"),
 }  # what a method on labelled pairs logs: the key here, the key there, and the axis

@@ -114,10 +114,10 @@
     for (const name of Object.keys(section.datasets)) {
       if (used.includes(`"${name}"`)) datasets[name] = section.datasets[name];
     }
-    const panels = figure.panels.map((panel, number) => {
-      const { wide, rows: lines, labels, ...spec } = structuredClone(panel);
+    const panels = figure.panels.map(({ chart, wide, rows: lines }, number) => {
+      const spec = structuredClone(chart);
       if (lines) {
-        for (const layer of spec.layer) layer.encoding.y.axis.labels = number % columns === 0;
+        for (const { encoding } of spec.layer) if (encoding.y) encoding.y.axis.labels = number % columns === 0;
       }
       spec.width = Math.min(width, wide ? 720 : 460);
       spec.height = figure.height || Math.max(28 * lines, 60);
@@ -177,9 +177,9 @@
       const section = data.sections[Number(select.dataset.section)];
       const setting = section.settings[Number(select.value)];
       for (const row of section.datasets.runs) row[select.dataset.way] = row.settings[Number(select.value)];
-      const figure = section.figures.find((one) => one.id === "heat");
+      const figure = section.figures.find(({ id }) => id === "stability");
       for (const panel of figure.panels) {
-        for (const layer of panel.layer) {
+        for (const layer of panel.chart.layer) {
           const channel = layer.encoding[select.dataset.way === "across" ? "x" : "y"];
           channel.sort = setting.values;
           channel.axis.title = setting.key;
