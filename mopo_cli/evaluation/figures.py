@@ -39,7 +39,16 @@ def _measured(entrant: Evaluation, name: str) -> Measured:
 
 
 def _entrants(evaluated: Sequence[Evaluation], labelled: bool) -> alt.Y:
-    axis = alt.Axis(title=None, labels=labelled, ticks=False, domain=False, labelColor=INK, labelLimit=240, grid=False)
+    axis = alt.Axis(
+        title=None,
+        labels=labelled,
+        ticks=False,
+        domain=False,
+        labelColor=INK,
+        labelLimit=240,
+        labelPadding=8,
+        grid=False,
+    )
     return alt.Y("entrant:N", scale=alt.Scale(domain=[one_line(e.name) for e in evaluated], padding=0.2), axis=axis)
 
 
@@ -55,7 +64,7 @@ def _rates(name: str, first: bool, evaluated: Sequence[Evaluation]) -> alt.Layer
         )
         if value is not None and not math.isnan(value)
     ]
-    asked = [{"entrant": entrant, "b": r.threshold} for entrant, r in results.items() if r.threshold is not None]
+    floors = [{"entrant": entrant, "b": r.threshold} for entrant, r in results.items() if r.threshold is not None]
     y, domain = _entrants(evaluated, first), list(SERIES)
     legend = alt.Legend(title=None, symbolOpacity=1) if first else None
     colour = alt.Color("series:N", scale=alt.Scale(domain=domain, range=[c for c, _ in SERIES.values()]), legend=legend)
@@ -63,8 +72,10 @@ def _rates(name: str, first: bool, evaluated: Sequence[Evaluation]) -> alt.Layer
     chart = rows(*points).encode(y, colour, alt.YOffset("series:N", scale=alt.Scale(domain=domain)))
     return alt.layer(
         rows({}).mark_rule(color=SOFT, opacity=0.6).encode(alt.XDatum(0.5)),
-        rows(*asked).mark_tick(color=BAD, thickness=1.5, height={"band": 0.9}).encode(alt.X("b:Q"), y),
-        chart.mark_rule(strokeWidth=1.6).encode(number(alt.X, "low", "win rate (0.5 is parity)"), alt.X2("high")),
+        rows(*floors).mark_tick(color=BAD, thickness=1.5, height={"band": 0.9}).encode(alt.X("b:Q"), y),
+        chart.mark_rule(strokeWidth=1.6).encode(
+            number(alt.X, "low", "win rate (0.5 is parity)", padding=12), alt.X2("high")
+        ),
         chart.mark_point(filled=True, size=55, opacity=1).encode(alt.X("value:Q"), shape),
     ).properties(width=210, height=_height(evaluated, 3), title=name)
 
@@ -87,7 +98,9 @@ def _scores(
     chart = rows(*points).encode(_entrants(evaluated, first))
     return alt.layer(
         rows({}).mark_rule(color=SOFT, opacity=0.6).encode(alt.XDatum(0.0)),
-        chart.mark_rule(strokeWidth=1.6, color=COLOURS[4]).encode(number(alt.X, "low", title), alt.X2("high")),
+        chart.mark_rule(strokeWidth=1.6, color=COLOURS[4]).encode(
+            number(alt.X, "low", title, padding=12), alt.X2("high")
+        ),
         chart.mark_point(filled=True, size=55, opacity=1, color=COLOURS[4]).encode(alt.X("value:Q")),
     ).properties(**size)
 

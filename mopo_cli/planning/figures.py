@@ -9,23 +9,8 @@ from typing import TYPE_CHECKING, Any
 import altair as alt
 import numpy as np
 
+from mopo_cli.report import theme
 from mopo_cli.report.marks import number, rows
-from mopo_cli.report.theme import (
-    BAD,
-    COLOURS,
-    DASHED,
-    INK,
-    OPTIMUM,
-    REFERENCE,
-    SHAPES,
-    SOFT,
-    SOLID,
-    Spec,
-    below,
-    drawing,
-    save,
-    spec_of,
-)
 
 if TYPE_CHECKING:
     from mopo_cli.planning.attainable import PairFront, Plan
@@ -33,13 +18,18 @@ if TYPE_CHECKING:
 
 PREDICTED, EXACT, ASKED = "predicted front, with its 95 % band", "exact front", "threshold asked"
 LAMBDA = "optima of (P) as λ moves"
-LINES = {PREDICTED: (COLOURS[0], SOLID), EXACT: (INK, SOLID), ASKED: (BAD, DASHED), LAMBDA: (SOFT, DASHED)}
+LINES = {
+    PREDICTED: (theme.COLOURS[0], theme.SOLID),
+    EXACT: (theme.INK, theme.SOLID),
+    ASKED: (theme.BAD, theme.DASHED),
+    LAMBDA: (theme.SOFT, theme.DASHED),
+}
 BEST, SCHEDULED = "optimum at b", "reached on the schedule, by β"
 REACHED = {
-    BEST: (SOFT, OPTIMUM["shape"]),
-    "reached, exact preferences": (COLOURS[0], SHAPES[0]),
-    "reached, sampled preferences": (COLOURS[1], SHAPES[2]),
-    SCHEDULED: (COLOURS[2], SHAPES[1]),
+    BEST: (theme.SOFT, theme.OPTIMUM["shape"]),
+    "reached, exact preferences": (theme.COLOURS[0], theme.SHAPES[0]),
+    "reached, sampled preferences": (theme.COLOURS[1], theme.SHAPES[2]),
+    SCHEDULED: (theme.COLOURS[2], theme.SHAPES[1]),
 }
 
 
@@ -63,15 +53,15 @@ def _line(points: Any, kinds: Sequence[str], kind: str, **mark: Any) -> alt.Char
 # --------------------------------------------------------------------------------------------- mopo synthetic
 def draw_structure(name: str, problems: Sequence[Problem], records: Sequence[Record], path: Path) -> Path:
     """One figure a structure: exact front, regularised front, and what the first recipe reached; a panel for each K."""
-    with drawing():
+    with theme.drawing():
         panels = []
         for problem in problems:
             size = problem.optima.shape[1]
             draw = _plane if size == 2 else _projection
             panel = draw(problem, _first_recipes([r for r in records if size == r.K]))
             panels.append(panel.properties(width=360, height=300, title=f"{name.replace('_', ' ')}, K = {size}"))
-        spec = spec_of(alt.concat(*panels, columns=3, spacing=40))
-    return save(spec, path)[0]
+        spec = theme.spec_of(alt.concat(*panels, columns=3, spacing=40))
+    return theme.save(spec, path)[0]
 
 
 def _first_recipes(records: Sequence[Record]) -> list[Record]:
@@ -87,7 +77,7 @@ def _plane(problem: Problem, records: Sequence[Record]) -> alt.LayerChart:
     kinds = (EXACT, LAMBDA)
     front = problem.front[np.argsort(problem.front[:, 1])]
     lines = alt.layer(
-        _line(front[:, [1, 0]], kinds, EXACT, point={"color": INK, "size": 25}),
+        _line(front[:, [1, 0]], kinds, EXACT, point={"color": theme.INK, "size": 25}),
         _line(problem.regularised[:, [1, 0]], kinds, LAMBDA),
     )
     points = _reached(problem, records, 1, 0, "win rate, secondary", "win rate, primary")
@@ -160,12 +150,12 @@ def _together(betas: Sequence[float], points: np.ndarray) -> list[tuple[tuple[fl
 def draw_plan(plan: Plan, path: Path) -> Path:
     """The predicted front of each pair of objectives, with its band, and the exact one where it is known."""
     exact = any(front.exact_front is not None for front in plan.pairs)
-    asked = any(plan.objectives[front.secondary].threshold is not None for front in plan.pairs)
-    kinds = [PREDICTED, *([EXACT] if exact else []), *([ASKED] if asked else [])]
-    with drawing():
+    bounded = any(plan.objectives[front.secondary].threshold is not None for front in plan.pairs)
+    kinds = [PREDICTED, *([EXACT] if exact else []), *([ASKED] if bounded else [])]
+    with theme.drawing():
         panels = [_pair(front, plan, kinds) for front in plan.pairs]
-        spec: Spec = spec_of(alt.concat(*panels, columns=3, spacing=30))
-    return save(spec | {"title": below("Star: the reference.", 300)}, path)[0]
+        spec: theme.Spec = theme.spec_of(alt.concat(*panels, columns=3, spacing=30))
+    return theme.save(spec | {"title": theme.below("Star: the reference.", 300)}, path)[0]
 
 
 def _pair(front: PairFront, plan: Plan, kinds: Sequence[str]) -> alt.LayerChart:
@@ -177,8 +167,8 @@ def _pair(front: PairFront, plan: Plan, kinds: Sequence[str]) -> alt.LayerChart:
     )
     colour = _kind(kinds, PREDICTED)
     layers = [
-        predicted.mark_area(color=COLOURS[0], opacity=0.2).encode(alt.Y("low:Q"), alt.Y2("high")),
-        predicted.mark_line(point={"color": COLOURS[0], "size": 30}, strokeWidth=1.6).encode(colour),
+        predicted.mark_area(color=theme.COLOURS[0], opacity=0.2).encode(alt.Y("low:Q"), alt.Y2("high")),
+        predicted.mark_line(point={"color": theme.COLOURS[0], "size": 30}, strokeWidth=1.6).encode(colour),
     ]
     if front.exact_front is not None:
         exact = np.array(front.exact_front)
@@ -187,8 +177,8 @@ def _pair(front: PairFront, plan: Plan, kinds: Sequence[str]) -> alt.LayerChart:
         layers.append(_line(exact[inside], kinds, EXACT))
     first, second = plan.objectives[front.primary], plan.objectives[front.secondary]
     if second.threshold is not None:
-        rule = rows({}).mark_rule(strokeWidth=1.4, strokeDash=DASHED)
+        rule = rows({}).mark_rule(strokeWidth=1.4, strokeDash=theme.DASHED)
         layers.append(rule.encode(alt.XDatum(second.threshold), _kind(kinds, ASKED)))
-    start = rows({"x": second.reference, "y": first.reference}).mark_point(**REFERENCE)
+    start = rows({"x": second.reference, "y": first.reference}).mark_point(**theme.REFERENCE)
     layers.append(start.encode(alt.X("x:Q"), alt.Y("y:Q")))
     return alt.layer(*layers).properties(width=290, height=250)

@@ -146,9 +146,9 @@ def _of_sweep(path: Path, record: Mapping[str, Any], varying: Mapping[str, Any])
     try:
         run = read_run(path, record["id"], varying)
     except UserError:  # it never began
-        told = {key: str(value) for key, value in varying.items()}
+        texts = {key: str(value) for key, value in varying.items()}
         state = str(record.get("state") or "not started")
-        return ReportedRun(record["id"], path, state, {}, told, {}, [], [], {}, error)
+        return ReportedRun(record["id"], path, state, {}, texts, {}, [], [], {}, error)
     return run if run.finished or run.problem else replace(run, problem=error)
 
 
@@ -174,28 +174,28 @@ def build(
 
 def notices(runs: Sequence[ReportedRun]) -> list[str]:
     """What a reader must know before comparing these runs."""
-    found = []
+    texts = []
     sets = [group for group in objective_sets(runs) if group[0].names]
     if len(sets) > 1:
-        texts = [f"{', '.join(group[0].names)} ({_some([run.id for run in group])})" for group in sets]
-        found.append(f"These runs have {len(sets)} objective sets, which are shown apart: {'; '.join(texts)}.")
+        described = [f"{', '.join(group[0].names)} ({_some([run.id for run in group])})" for group in sets]
+        texts.append(f"These runs have {len(sets)} objective sets, which are shown apart: {'; '.join(described)}.")
     unfinished = [run for run in runs if not run.finished]
     if unfinished:
         states = ", ".join(f"{count} {state}" for state, count in Counter(r.state for r in unfinished).items())
-        found.append(f"{len(unfinished)} of {len(runs)} runs have no results yet ({states}): "
+        texts.append(f"{len(unfinished)} of {len(runs)} runs have no results yet ({states}): "
                      f"{_some([run.id for run in unfinished])}.")  # fmt: skip
     for group in sets:
         differing = [key for key in ("dataset._target_", "dataset.path", "dataset.data_seed", "dataset.rows")
                      if len({value_of(run, key) for run in group if run.settings}) > 1]  # fmt: skip
         if differing:
-            found.append(f"Runs with {', '.join(group[0].names)} were measured on different data, as win rates are "
+            texts.append(f"Runs with {', '.join(group[0].names)} were measured on different data, as win rates are "
                          f"against the data's responses: they differ in {', '.join(differing)}.")  # fmt: skip
         for name in group[0].names:
             worst = sorted({run.objectives[name].worst for run in group})
             if len(worst) > 1:
-                found.append(f"objectives.{name}.worst differs between runs ({', '.join(map(str, worst))}): "
+                texts.append(f"objectives.{name}.worst differs between runs ({', '.join(map(str, worst))}): "
                              f"hypervolume is counted from {worst[0]:g}.")  # fmt: skip
-    return found
+    return texts
 
 
 def _some(names: Sequence[str], most: int = 6) -> str:

@@ -30,32 +30,32 @@ def fronts(group: Group) -> Figure:
     shown = {EDGE: any(edges), ASKED: any(marks.thresholds(group, name) for name in group.names), AIM: links}
     lines = {kind: style for kind, style in LINES.items() if shown[kind]}
     panels = [Panel(_pair(group, j, i, edge, lines)) for (i, j), edge in zip(pairs, edges, strict=True)]
-    caption = " ".join(_told(group, links, any(edges)))
+    caption = " ".join(_sentences(group, links, any(edges)))
     return Figure("pareto", "Pareto fronts", caption, panels, ("fill", "shape", "strokeDash"), height=280)
 
 
-def _told(group: Group, links: bool, edged: bool) -> list[str]:
+def _sentences(group: Group, links: bool, edged: bool) -> list[str]:
     """The caption of the fronts, sentence by sentence."""
-    told = [
+    sentences = [
         "Markers are exact win rates; bars are the 95 % intervals of the sampled ones."
         if group.exact
         else "Markers are win rates on sampled responses; bars are their 95 % intervals."
     ]
     if any(marks.common_floor(group, name) is not None for name in group.names):
-        told.append("Shaded: below every threshold that was asked.")
+        sentences.append("Shaded: below every threshold that was asked.")
     if len(group.ended) > 1:
         which = "no other run of its method" if group.by_algorithm else "no other run"
-        told.append(f"Filled: {which} is at least as good in every objective and better in one; hollow: one is.")
+        sentences.append(f"Filled: {which} is at least as good in every objective and better in one; hollow: one is.")
     if group.by_algorithm and len(group.names) == 2:
-        told.append("Lines join each method's filled runs.")
+        sentences.append("Lines join each method's filled runs.")
     if links:
-        told.append("Crosses: the exact optimum at a run's thresholds and τ.")
+        sentences.append("Crosses: the exact optimum at a run's thresholds and τ.")
     if group.exact:
-        told.append("Star: the reference model.")
+        sentences.append("Star: the reference model.")
     if edged:
         alone = ", for these two objectives alone." if len(group.names) > 2 else "."
-        told.append(f"The exact front is that of all policies whatever their KL{alone}")
-    return told
+        sentences.append(f"The exact front is that of all policies whatever their KL{alone}")
+    return sentences
 
 
 def _pair(group: Group, across: int, up: int, edge: Edge, lines: Mapping[str, list[float]]) -> alt.LayerChart:
@@ -153,13 +153,16 @@ def win_rates(group: Group) -> Figure:
         panels = [Panel(_forest(group, None, labels, whole), wide=True, rows=1.25 * len(labels))]
     else:
         panels = [Panel(_forest(group, k, labels, span), rows=len(labels)) for k, span in enumerate(spans)]
-    told = ["Dots and bars: sampled win rates with 95 % intervals."]
-    told += ["Shaded: below the threshold."] if any(marks.thresholds(group, name) for name in group.names) else []
+    sentences = ["Dots and bars: sampled win rates with 95 % intervals."]
+    sentences += ["Shaded: below the threshold."] if any(marks.thresholds(group, name) for name in group.names) else []
     if group.exact:
         optima = any(map(aimed, group.ended))
-        told += ["Diamonds: exact.", *(["Crosses: the exact optimum at these thresholds and τ."] if optima else [])]
+        sentences += [
+            "Diamonds: exact.",
+            *(["Crosses: the exact optimum at these thresholds and τ."] if optima else []),
+        ]
     longest = min(36, max(map(len, labels)))
-    return Figure("win_rates", "Win rates", " ".join(told), panels, height=0, label=longest)
+    return Figure("win_rates", "Win rates", " ".join(sentences), panels, height=0, label=longest)
 
 
 def _forest(group: Group, k: int | None, labels: list[str], span: tuple[float, float]) -> alt.LayerChart:
@@ -179,17 +182,17 @@ def _forest(group: Group, k: int | None, labels: list[str], span: tuple[float, f
         tint = {channel: marks.colour(group, channel, legend=False) for channel in (alt.Color, alt.Stroke)}
     y = alt.Y("objective:N" if k is None else "label:N", sort=labels, axis=axis)
     every = chart.encode(number(alt.X, "value", title, span), y, visible())
-    asked = chart.transform_filter("isValid(datum.b)").encode(alt.X("b:Q"), y)
-    told = tooltip(("run", "run"), ("objective", "objective"), ("sampled", "sampled", ".4f"), ("low", "low", ".4f"),
+    floors = chart.transform_filter("isValid(datum.b)").encode(alt.X("b:Q"), y)
+    tips = tooltip(("run", "run"), ("objective", "objective"), ("sampled", "sampled", ".4f"), ("low", "low", ".4f"),
                    ("high", "high", ".4f"), ("exact", "exact", ".4f"), ("b", "threshold", ".3f"))  # fmt: skip
     parity = [rows({}).mark_rule(color=SOFT, opacity=0.6).encode(alt.XDatum(0.5))] if span[0] < 0.5 < span[1] else []
     return alt.layer(
         *parity,
-        asked.mark_bar(color=BAD, opacity=marks.FAINT, height={"band": 0.86}, clip=True).encode(alt.X2Datum(span[0])),
-        asked.mark_tick(color=BAD, thickness=1.5, height={"band": 0.86}),
+        floors.mark_bar(color=BAD, opacity=marks.FAINT, height={"band": 0.86}, clip=True).encode(alt.X2Datum(span[0])),
+        floors.mark_tick(color=BAD, thickness=1.5, height={"band": 0.86}),
         every.mark_rule(strokeWidth=2).encode(alt.X("low:Q"), alt.X2("high"), tint[alt.Color]),
         every.mark_point(**SAMPLED, cursor="pointer").encode(
-            number(alt.X, "sampled", title, span), tint[alt.Color], tooltip=told
+            number(alt.X, "sampled", title, span), tint[alt.Color], tooltip=tips
         ),
         marks.exact_points(every.encode(alt.X("exact:Q"), tint[alt.Stroke]), yOffset=-7),
         marks.optimum_points(every.encode(alt.X("optimum:Q")), yOffset=-7, color=INK),

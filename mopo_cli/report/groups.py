@@ -68,21 +68,21 @@ class Group:
 
 def group_of(runs: Sequence[ReportedRun], settings: Mapping[str, list[str]]) -> Group:
     ended = [run for run in runs if run.finished]
-    own = {key: values for key, values in settings.items() if len({value_of(run, key) for run in runs}) > 1}
-    labels = {run.id: _label(run, own) for run in runs}
+    varying = {key: values for key, values in settings.items() if len({value_of(run, key) for run in runs}) > 1}
+    labels = {run.id: _label(run, varying) for run in runs}
     if len(set(labels.values())) < len(labels):
         labels = {run.id: run.id for run in runs}
-    return Group(runs, runs[0].names, own, bool(ended) and all(run.exact for run in ended), labels)
+    return Group(runs, runs[0].names, varying, bool(ended) and all(run.exact for run in ended), labels)
 
 
 def _label(run: ReportedRun, settings: Mapping[str, list[str]]) -> str:
     if METHOD in settings:  # what other methods are told is not its own
-        told = [key for key in settings if key != METHOD and value_of(run, key) not in ("", "null")]
-        own = [
+        keys = [key for key in settings if key != METHOD and value_of(run, key) not in ("", "null")]
+        parts = [
             value_of(run, METHOD),
-            *(f"{key.rpartition('.')[2]} {value_of(run, key).strip('{}').replace(':', ' ')}" for key in told),
+            *(f"{key.rpartition('.')[2]} {value_of(run, key).strip('{}').replace(':', ' ')}" for key in keys),
         ]
-        return ", ".join(own) if len(own) <= 4 else run.id
+        return ", ".join(parts) if len(parts) <= 4 else run.id
     if not 0 < len(settings) <= 3:
         return run.id
     return ", ".join(f"{short(key)} {value_of(run, key) or '–'}" for key in settings)
@@ -101,14 +101,14 @@ def plane(group: Group) -> tuple[int, int] | None:
     if group.by_algorithm and any(not value_of(run, key) for run in group.ended for key in group.settings):
         return None
     for pair in combinations(range(len(group.settings)), 2):
-        found = [tuple(value_of(run, list(group.settings)[i]) for i in pair) for run in group.ended]
-        if len(set(found)) > max(len({cell[0] for cell in found}), len({cell[1] for cell in found})):
+        cells = [tuple(value_of(run, list(group.settings)[i]) for i in pair) for run in group.ended]
+        if len(set(cells)) > max(len({cell[0] for cell in cells}), len({cell[1] for cell in cells})):
             return pair
     return None
 
 
 # --------------------------------------------------------------------------------------------- the data
-def datasets(group: Group, lines: int = 6000) -> dict[str, list[dict[str, Any]]]:
+def datasets(group: Group, lines: int = 4000) -> dict[str, list[dict[str, Any]]]:
     """`runs`: a row for each; `history`: rows over the steps; `reached`: a row for each run and objective."""
     front = _front(group)
     axes = plane(group)
@@ -133,9 +133,9 @@ def _front(group: Group) -> dict[str, bool]:
     front: dict[str, bool] = {}
     methods = {run.id: value_of(run, METHOD) if group.by_algorithm else "" for run in group.ended}
     for method in dict.fromkeys(methods.values()):
-        own = [run for run in group.ended if methods[run.id] == method]
-        kept = pareto.nondominated(np.array([run.points(group.exact) for run in own]))
-        front |= {run.id: bool(flag) for run, flag in zip(own, kept, strict=True)}
+        members = [run for run in group.ended if methods[run.id] == method]
+        best = pareto.nondominated(np.array([run.points(group.exact) for run in members]))
+        front |= {run.id: bool(flag) for run, flag in zip(members, best, strict=True)}
     return front
 
 
@@ -205,16 +205,16 @@ def _steps(run: ReportedRun, names: Sequence[str], most: int) -> list[dict[str, 
     for k, name in enumerate(names):
         keys |= {f"w{k}": f"win_rate/{name}", f"l{k}": f"lower/{name}"}
         keys |= {f"b{k}": f"threshold/{name}", f"d{k}": f"dual/{name}"}
-    found, last = [], None
+    lines, last = [], None
     for line in run.history:
         values = [line.get(key) for key in keys.values()]
         if values != last or line is run.history[-1]:
-            found.append((line["step"], values))
+            lines.append((line["step"], values))
         last = values
     return [
         {"step": step}
         | {key: _rounded(v) for key, v in zip(keys, values, strict=True) if isinstance(v, int | float) and isfinite(v)}
-        for step, values in _thinned(found, most)
+        for step, values in _thinned(lines, most)
     ]
 
 
@@ -231,11 +231,11 @@ def _rounded(value: Any) -> Any:
 
 def exact_front(group: Group) -> np.ndarray | None:
     """(m, K) the exact front where all runs have the same one."""
-    found: list[Any] = [(run.summary.get("oracle") or {}).get("front") for run in group.ended]
-    if not found or not found[0] or any(front != found[0] for front in found):
+    fronts: list[Any] = [(run.summary.get("oracle") or {}).get("front") for run in group.ended]
+    if not fronts or not fronts[0] or any(front != fronts[0] for front in fronts):
         return None
     try:
-        return np.array([[float(point[name]) for name in group.names] for point in found[0]])
+        return np.array([[float(point[name]) for name in group.names] for point in fronts[0]])
     except (KeyError, TypeError, ValueError):
         return None
 

@@ -11,20 +11,8 @@ from typing import Any
 
 import altair as alt
 
+from mopo_cli.report import theme
 from mopo_cli.report.groups import Group, aimed, colour_setting, shape_setting, short
-from mopo_cli.report.theme import (
-    BAD,
-    COLOURS,
-    EXACT,
-    INK,
-    MANY,
-    NAMED,
-    OPTIMUM,
-    SAMPLED,
-    SHAPES,
-    SOFT,
-    places,
-)
 from mopo_cli.runs.record import METHOD
 
 Channel = Any  # a class of Altair's: alt.X, alt.Color, ...
@@ -66,11 +54,13 @@ def colour(group: Group, channel: Channel = alt.Color, legend: bool = True) -> A
         key = colour_setting(group)
         labels, title = (group.settings[key], short(key)) if key else (["runs"], None)
     by_algorithm = not group.by_run and title == METHOD
-    colours = [COLOURS[i % len(COLOURS)] for i in (places(labels) if by_algorithm else range(len(labels)))]
+    colours = [
+        theme.COLOURS[i % len(theme.COLOURS)] for i in (theme.places(labels) if by_algorithm else range(len(labels)))
+    ]
     key_ = alt.Legend(title=title, symbolType="circle", symbolOpacity=1, columns=_columns(labels))
     return channel(
         "colour:N",
-        scale=alt.Scale(domain=labels, range=colours if len(labels) > 1 else [INK]),
+        scale=alt.Scale(domain=labels, range=colours if len(labels) > 1 else [theme.INK]),
         legend=key_ if legend and len(labels) > 1 else None,
     )
 
@@ -79,11 +69,17 @@ def shape(group: Group) -> alt.Shape:
     """Runs by shape: by algorithm, with its colour in one legend, or by the second setting that varies."""
     key = shape_setting(group)
     if not key:
-        return alt.Shape("shape:N", scale=alt.Scale(domain=["run"], range=["diamond" if group.exact else SHAPES[0]]),
-                         legend=None)  # fmt: skip
+        only = theme.EXACT["shape"] if group.exact else theme.SHAPES[0]
+        return alt.Shape("shape:N", scale=alt.Scale(domain=["run"], range=[only]), legend=None)
     labels = group.settings[key]
-    shapes = [SHAPES[i % len(SHAPES)] for i in (places(labels) if key == METHOD else range(len(labels)))]
-    grey = {} if key == METHOD else {"encoding": {"symbols": {"fill": {"value": SOFT}, "stroke": {"value": SOFT}}}}
+    shapes = [
+        theme.SHAPES[i % len(theme.SHAPES)] for i in (theme.places(labels) if key == METHOD else range(len(labels)))
+    ]
+    grey = (
+        {}
+        if key == METHOD
+        else {"encoding": {"symbols": {"fill": {"value": theme.SOFT}, "stroke": {"value": theme.SOFT}}}}
+    )
     legend = alt.Legend(title=short(key), columns=_columns(labels), symbolOpacity=1, **grey)
     return alt.Shape(
         "colour:N" if key == METHOD else "shape:N", scale=alt.Scale(domain=labels, range=shapes), legend=legend
@@ -97,12 +93,12 @@ def _columns(labels: Sequence[str]) -> int:
 
 
 def objective_colour(k: int) -> str:
-    return COLOURS[k % len(COLOURS)]
+    return theme.COLOURS[k % len(theme.COLOURS)]
 
 
 def dash(styles: Mapping[str, list[float]], kind: str) -> alt.StrokeDashDatum:
     """A kind of line by its dashes, with a legend of the kinds that the figure has."""
-    legend = alt.Legend(title=None, symbolType="stroke", symbolStrokeColor=SOFT, symbolSize=300)
+    legend = alt.Legend(title=None, symbolType="stroke", symbolStrokeColor=theme.SOFT, symbolSize=300)
     scale = alt.Scale(domain=list(styles), range=list(styles.values()))
     return alt.StrokeDashDatum(kind, type="nominal", scale=scale, legend=legend if len(styles) > 1 else None)
 
@@ -132,23 +128,23 @@ def run_tooltip(group: Group) -> list[alt.Tooltip]:
 def shade(**sides: float) -> alt.Chart:
     """A shaded rectangle: what breaks a threshold."""
     classes = {"x": alt.XDatum, "x2": alt.X2Datum, "y": alt.YDatum, "y2": alt.Y2Datum}
-    return rows({}).mark_rect(color=BAD, opacity=FAINT).encode(**{k: classes[k](v) for k, v in sides.items()})
+    return rows({}).mark_rect(color=theme.BAD, opacity=FAINT).encode(**{k: classes[k](v) for k, v in sides.items()})
 
 
 def reached(group: Group, chart: alt.Chart, size: float | None = None) -> alt.Chart:
     """Where runs ended: a point each, which tells its run and chooses it at a click."""
-    size = size or (75 if len(group.ended) <= MANY else 36)
-    return chart.mark_point(**SAMPLED | {"size": size}, cursor="pointer").encode(
+    size = size or (75 if len(group.ended) <= theme.MANY else 36)
+    return chart.mark_point(**theme.SAMPLED | {"size": size}, cursor="pointer").encode(
         shape=shape(group), opacity=visible(), tooltip=run_tooltip(group)
     )
 
 
 def exact_points(chart: alt.Chart, **mark: Any) -> alt.Chart:
-    return chart.mark_point(**EXACT | mark).encode(opacity=visible())
+    return chart.mark_point(**theme.EXACT | mark).encode(opacity=visible())
 
 
 def optimum_points(chart: alt.Chart, **mark: Any) -> alt.Chart:
-    return chart.mark_point(**OPTIMUM | mark).encode(opacity=visible())
+    return chart.mark_point(**theme.OPTIMUM | mark).encode(opacity=visible())
 
 
 # --------------------------------------------------------------------------------------------- numbers of a group
@@ -190,8 +186,8 @@ def front_span(group: Group, k: int) -> tuple[float, float]:
 
 def bar_opacity(group: Group) -> float:
     """Of error bars: the more there are, the less each is seen."""
-    return 0.55 if len(group.ended) <= MANY else 0.2
+    return 0.55 if len(group.ended) <= theme.MANY else 0.2
 
 
 def line_width(group: Group) -> float:
-    return 2.0 if len(group.runs) <= NAMED else 1.3 if len(group.runs) <= MANY else 0.9
+    return 2.0 if len(group.runs) <= theme.NAMED else 1.3 if len(group.runs) <= theme.MANY else 0.9

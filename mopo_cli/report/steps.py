@@ -28,7 +28,7 @@ def steps(group: Group) -> Figure:
                for k in range(1, len(names)) if f"dual/{names[k]}" in logged]  # fmt: skip
     if "kl" in logged:
         panels.append(_series(group, "kl", "KL to the reference, nats"))
-    pairs = {short: told for short, told in PAIRS.items() if told[0] in logged}
+    pairs = {short: (key, title) for short, (key, title) in PAIRS.items() if key in logged}
     if followed or group.by_algorithm:
         pairs.pop("loss", None)  # algorithms have each their own scale
     panels += [_batches(group, short, title) for short, (_, title) in pairs.items()]
@@ -104,8 +104,8 @@ def _truth(group: Group, k: int, x: alt.X, y: alt.Y) -> list[alt.Chart]:
         bar = runs.mark_rule(strokeWidth=2).encode(_tint(group, colour), visible(0.8))
         layers.append(bar.encode(alt.Y(f"l{k}:Q"), alt.Y2(f"h{k}")))
     if group.exact and len(group.ended) <= MANY:
-        told = tooltip(("run", "run"), (f"e{k}", "exact", ".4f"), (f"w{k}", "sampled", ".4f"))
-        exact = marks.exact_points(runs.encode(alt.Y(f"e{k}:Q"), tooltip=told))
+        tips = tooltip(("run", "run"), (f"e{k}", "exact", ".4f"), (f"w{k}", "sampled", ".4f"))
+        exact = marks.exact_points(runs.encode(alt.Y(f"e{k}:Q"), tooltip=tips))
         tint = alt.StrokeValue(colour) if len(group.runs) == 1 else marks.colour(group, alt.Stroke, legend=False)
         layers.append(exact.encode(tint))
     return layers
@@ -115,8 +115,8 @@ def _series(group: Group, key: str, title: str, lone: str = COLOURS[6], **mark: 
     """A number over the steps, from zero."""
     x, y = _step_axis(group), number(alt.Y, key, title, zero=True)
     line = rows_of("history", key).mark_line(strokeWidth=marks.line_width(group), **mark)
-    told = tooltip(("run", "run"))
-    return alt.layer(line.encode(x, y, alt.Detail("run:N"), _tint(group, lone), visible(), tooltip=told),
+    tips = tooltip(("run", "run"))
+    return alt.layer(line.encode(x, y, alt.Detail("run:N"), _tint(group, lone), visible(), tooltip=tips),
                      *_hover(group, x, y, {key: title}))  # fmt: skip
 
 
@@ -136,8 +136,8 @@ def _hover(group: Group, x: alt.X, y: alt.Y, fields: Mapping[str, str]) -> list[
     """Points that are seen only by the pointer, where there are few enough."""
     if len(group.runs) > NAMED:
         return []
-    told = tooltip(("run", "run"), ("step", "step"), *((name, title, ".4f") for name, title in fields.items()))
-    return [rows_of("history").mark_point(size=60, opacity=0, filled=True).encode(x, y, tooltip=told)]
+    tips = tooltip(("run", "run"), ("step", "step"), *((name, title, ".4f") for name, title in fields.items()))
+    return [rows_of("history").mark_point(size=60, opacity=0, filled=True).encode(x, y, tooltip=tips)]
 
 
 def _step_axis(group: Group) -> alt.X:
@@ -201,8 +201,8 @@ def _mapped(group: Group) -> list[tuple[str, str, list[float], bool]]:
     mapped = []
     for k, name in enumerate(group.names):
         values = group.points()[:, k].tolist()
-        asked = [run.objectives[name].threshold for run in group.ended]
-        margins = [value - b for value, b in zip(values, asked, strict=True) if b is not None] if k else []
+        floors = [run.objectives[name].threshold for run in group.ended]
+        margins = [value - b for value, b in zip(values, floors, strict=True) if b is not None] if k else []
         mapped.append((f"m{k}", f"{name} less its threshold", margins, True) if margins else
                       (f"x{k}", marks.win_rate_title(group, k), values, False))  # fmt: skip
     return mapped
@@ -216,11 +216,11 @@ def _cells(
     scale = alt.Scale(scheme="redblue", domain=[-edge, edge]) if diverging else alt.Scale(scheme="viridis")
     mean, cell = f"mean({key}):Q", f"datum['mean_{key}']"
     bright = f"abs({cell}) < {0.6 * edge}" if diverging else f"{cell} > {low + 0.62 * (high - low)}"
-    told = [alt.Tooltip("across:N", title=x["axis"]["title"]), alt.Tooltip("down:N", title=y["axis"]["title"]),
+    tips = [alt.Tooltip("across:N", title=x["axis"]["title"]), alt.Tooltip("down:N", title=y["axis"]["title"]),
             alt.Tooltip(mean, title=title, format=".4f"), alt.Tooltip("count():Q", title="runs")]  # fmt: skip
     runs = rows_of("runs", key).encode(x, y)
     squares = runs.mark_rect(stroke=PAPER, strokeWidth=2)
-    layers = [squares.encode(alt.Color(mean, scale=scale, legend=None), tooltip=told)]
+    layers = [squares.encode(alt.Color(mean, scale=scale, legend=None), tooltip=tips)]
     if named:
         ink = alt.ColorValue("#ffffff", condition={"test": bright, "value": "#111111"})
         layers.append(runs.mark_text(fontSize=11).encode(alt.Text(mean, format="+.3f" if diverging else ".3f"), ink))
