@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import altair as alt
 
-from mopo_cli.report.marks import number, rows
+from mopo_cli.report.marks import layered, number, rows
 from mopo_cli.report.theme import BAD, COLOURS, INK, SHAPES, SOFT, STAR, below, drawing, one_line, save, spec_of
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def _rates(name: str, first: bool, evaluated: Sequence[Evaluation]) -> alt.Layer
     colour = alt.Color("series:N", scale=alt.Scale(domain=domain, range=[c for c, _ in SERIES.values()]), legend=legend)
     shape = alt.Shape("series:N", scale=alt.Scale(domain=domain, range=[s for _, s in SERIES.values()]), legend=legend)
     chart = rows(*points).encode(y, colour, alt.YOffset("series:N", scale=alt.Scale(domain=domain)))
-    return alt.layer(
+    return layered(
         rows({}).mark_rule(color=SOFT, opacity=0.6).encode(alt.XDatum(0.5)),
         rows(*floors).mark_tick(color=BAD, thickness=1.5, height={"band": 0.9}).encode(alt.X("b:Q"), y),
         chart.mark_rule(strokeWidth=1.6).encode(
@@ -96,7 +96,7 @@ def _scores(
     judge = next(iter(results.values())).judge
     title: Any = [f"normalised score, {judge}", f"mean {scale['mean']:.3g}, deviation {scale['std']:.3g}"]
     chart = rows(*points).encode(_entrants(evaluated, first))
-    return alt.layer(
+    return layered(
         rows({}).mark_rule(color=SOFT, opacity=0.6).encode(alt.XDatum(0.0)),
         chart.mark_rule(strokeWidth=1.6, color=COLOURS[4]).encode(
             number(alt.X, "low", title, padding=12), alt.X2("high")

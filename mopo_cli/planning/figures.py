@@ -10,7 +10,7 @@ import altair as alt
 import numpy as np
 
 from mopo_cli.report import theme
-from mopo_cli.report.marks import number, rows
+from mopo_cli.report.marks import layered, number, rows
 
 if TYPE_CHECKING:
     from mopo_cli.planning.attainable import PairFront, Plan
@@ -76,12 +76,12 @@ def _plane(problem: Problem, records: Sequence[Record]) -> alt.LayerChart:
     """Two objectives: the secondary's win rate against the primary's."""
     kinds = (EXACT, LAMBDA)
     front = problem.front[np.argsort(problem.front[:, 1])]
-    lines = alt.layer(
+    lines = layered(
         _line(front[:, [1, 0]], kinds, EXACT, point={"color": theme.INK, "size": 25}),
         _line(problem.regularised[:, [1, 0]], kinds, LAMBDA),
     )
     points = _reached(problem, records, 1, 0, "win rate, secondary", "win rate, primary")
-    return alt.layer(lines, points)
+    return layered(lines, points)
 
 
 def _projection(problem: Problem, records: Sequence[Record]) -> alt.LayerChart:
@@ -93,7 +93,7 @@ def _projection(problem: Problem, records: Sequence[Record]) -> alt.LayerChart:
         alt.X("x:Q"), alt.X2("x2"), alt.Y("y:Q"), alt.Y2("y2"), shade
     )  # fmt: skip
     points = _reached(problem, records, 1, 2, "win rate, first secondary", "win rate, second secondary")
-    return alt.layer(ground, points)
+    return layered(ground, points)
 
 
 def _surface(optima: np.ndarray, cells: int = 96) -> list[dict[str, float]]:
@@ -131,7 +131,7 @@ def _reached(problem: Problem, records: Sequence[Record], x: int, y: int, across
         alt.Color("series:N", scale=colours, legend=legend), alt.Shape("series:N", scale=shapes, legend=legend),
     )  # fmt: skip
     labels = rows(*betas).mark_text(color=REACHED[SCHEDULED][0], fontSize=10, fontWeight=600, align="left", dx=6, dy=-8)
-    return alt.layer(chart, labels.encode(alt.X("x:Q"), alt.Y("y:Q"), alt.Text("text:N")))
+    return layered(chart, labels.encode(alt.X("x:Q"), alt.Y("y:Q"), alt.Text("text:N")))
 
 
 def _together(betas: Sequence[float], points: np.ndarray) -> list[tuple[tuple[float, float], list[float]]]:
@@ -181,4 +181,4 @@ def _pair(front: PairFront, plan: Plan, kinds: Sequence[str]) -> alt.LayerChart:
         layers.append(rule.encode(alt.XDatum(second.threshold), _kind(kinds, ASKED)))
     start = rows({"x": second.reference, "y": first.reference}).mark_point(**theme.REFERENCE)
     layers.append(start.encode(alt.X("x:Q"), alt.Y("y:Q")))
-    return alt.layer(*layers).properties(width=290, height=250)
+    return layered(*layers).properties(width=290, height=250)

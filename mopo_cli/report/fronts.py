@@ -93,7 +93,7 @@ def _pair(group: Group, across: int, up: int, edge: Edge, lines: Mapping[str, li
             alt.FillValue(PAPER, condition=marks.colour(group, alt.Fill).to_dict() | {"test": "datum.front"}),
         )),
     ]  # fmt: skip
-    return alt.layer(*layers, *_reference(group, across, up))
+    return marks.layered(*layers, *_reference(group, across, up))
 
 
 def _edge(points: np.ndarray, across: Sequence[float], up: Sequence[float]) -> Edge:
@@ -125,7 +125,7 @@ def parallel(group: Group) -> Figure:
     y = number(alt.Y, "value", "win rate" + (" (exact)" if group.exact else ""), span)
     runs = rows_of("reached").encode(x, y, marks.colour(group), visible())
     width = 1.6 if len(group.ended) <= MANY else 0.8
-    layers = alt.layer(
+    layers = marks.layered(
         rows(*({"objective": name, "b": b} for name, b in floors if b is not None))
         .mark_bar(color=BAD, opacity=marks.FAINT, width={"band": 0.5})
         .encode(x, alt.Y("b:Q"), alt.Y2Datum(span[0])),
@@ -186,7 +186,7 @@ def _forest(group: Group, k: int | None, labels: list[str], span: tuple[float, f
     tips = tooltip(("run", "run"), ("objective", "objective"), ("sampled", "sampled", ".4f"), ("low", "low", ".4f"),
                    ("high", "high", ".4f"), ("exact", "exact", ".4f"), ("b", "threshold", ".3f"))  # fmt: skip
     parity = [rows({}).mark_rule(color=SOFT, opacity=0.6).encode(alt.XDatum(0.5))] if span[0] < 0.5 < span[1] else []
-    return alt.layer(
+    return marks.layered(
         *parity,
         floors.mark_bar(color=BAD, opacity=marks.FAINT, height={"band": 0.86}, clip=True).encode(alt.X2Datum(span[0])),
         floors.mark_tick(color=BAD, thickness=1.5, height={"band": 0.86}),

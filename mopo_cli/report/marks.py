@@ -31,6 +31,11 @@ def rows(*values: Mapping[str, Any]) -> alt.Chart:
     return alt.Chart(alt.InlineData(values=list(values)))
 
 
+def layered(*charts: alt.Chart | alt.LayerChart, **more: Any) -> alt.LayerChart:
+    """Charts over one another."""
+    return alt.LayerChart(layer=list(charts), **more)
+
+
 # --------------------------------------------------------------------------------------------- channels
 def number(
     channel: Channel,
@@ -133,8 +138,8 @@ def shade(**sides: float) -> alt.Chart:
 
 def reached(group: Group, chart: alt.Chart, size: float | None = None) -> alt.Chart:
     """Where runs ended: a point each, which tells its run and chooses it at a click."""
-    size = size or (75 if len(group.ended) <= theme.MANY else 36)
-    return chart.mark_point(**theme.SAMPLED | {"size": size}, cursor="pointer").encode(
+    mark: theme.Spec = {**theme.SAMPLED, "size": size or (75 if len(group.ended) <= theme.MANY else 36)}
+    return chart.mark_point(**mark, cursor="pointer").encode(
         shape=shape(group), opacity=visible(), tooltip=run_tooltip(group)
     )
 

@@ -86,7 +86,7 @@ def _estimates(group: Group, k: int) -> alt.LayerChart:
     line = runs.mark_line(strokeWidth=marks.line_width(group))
     layers.append(line.encode(visible(), marks.dash(kinds, ESTIMATE), tooltip=tooltip(("run", "run"))))
     layers += _hover(group, x, y, {f"w{k}": ESTIMATE, f"l{k}": LOWER, f"b{k}": BOUND})
-    return alt.layer(*layers, *_truth(group, k, x, y))
+    return marks.layered(*layers, *_truth(group, k, x, y))
 
 
 def _tint(group: Group, lone: str, channel: Any = alt.Color) -> Any:
@@ -116,7 +116,7 @@ def _series(group: Group, key: str, title: str, lone: str = COLOURS[6], **mark: 
     x, y = _step_axis(group), number(alt.Y, key, title, zero=True)
     line = rows_of("history", key).mark_line(strokeWidth=marks.line_width(group), **mark)
     tips = tooltip(("run", "run"))
-    return alt.layer(line.encode(x, y, alt.Detail("run:N"), _tint(group, lone), visible(), tooltip=tips),
+    return marks.layered(line.encode(x, y, alt.Detail("run:N"), _tint(group, lone), visible(), tooltip=tips),
                      *_hover(group, x, y, {key: title}))  # fmt: skip
 
 
@@ -129,7 +129,7 @@ def _batches(group: Group, key: str, title: str) -> alt.LayerChart:
                                  sort=[{"field": "step"}])  # fmt: skip
     smooth = mean.mark_line(strokeWidth=marks.line_width(group)).encode(number(alt.Y, "mean", title), visible())
     raw = [runs.mark_line(strokeWidth=0.8).encode(visible(0.35))] if len(group.runs) <= NAMED else []
-    return alt.layer(*raw, smooth.encode(tooltip=tooltip(("run", "run"))), *_hover(group, x, y, {key: title}))
+    return marks.layered(*raw, smooth.encode(tooltip=tooltip(("run", "run"))), *_hover(group, x, y, {key: title}))
 
 
 def _hover(group: Group, x: alt.X, y: alt.Y, fields: Mapping[str, str]) -> list[alt.Chart]:
@@ -177,7 +177,7 @@ def reward(group: Group) -> Figure:
     caption = f"What {name} gained for how far the policy moved. Markers: at the end, with 95 % intervals."
     caption += " Thin lines: the run's own estimates on its way." if estimates else ""
     caption += " Crosses: the exact optima." if optima else ""
-    panels = [Panel(alt.layer(*layers), wide=True)]
+    panels = [Panel(marks.layered(*layers), wide=True)]
     return Figure("reward_kl", "Reward against KL", caption, panels, height=300, columns=1)
 
 
@@ -224,4 +224,4 @@ def _cells(
     if named:
         ink = alt.ColorValue("#ffffff", condition={"test": bright, "value": "#111111"})
         layers.append(runs.mark_text(fontSize=11).encode(alt.Text(mean, format="+.3f" if diverging else ".3f"), ink))
-    return alt.layer(*layers, title=alt.TitleParams(title, fontSize=12, fontWeight="normal"))
+    return marks.layered(*layers, title=alt.TitleParams(title, fontSize=12, fontWeight="normal"))

@@ -297,7 +297,7 @@ def _panel(method: str, policies: Sequence[Policy], world: World, kinds: dict[st
     bars = rows(*ends).mark_rule(color=kinds[own], strokeWidth=1.2)
     layers.append(bars.encode(alt.X("left:Q"), alt.X2("right"), alt.Y("y:Q")))
     layers.append(bars.encode(alt.X("x:Q"), alt.Y("low:Q"), alt.Y2("high")))
-    return alt.layer(*layers).properties(width=170, height=150, title=f"{method}  {100 * volume:.0f} %")
+    return marks.layered(*layers).properties(width=170, height=150, title=f"{method}  {100 * volume:.0f} %")
 
 
 def _spans(policies: Sequence[Policy], world: World) -> list[tuple[float, float]]:
