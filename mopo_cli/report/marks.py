@@ -16,6 +16,7 @@ from mopo_cli.report.groups import Group, aimed, colour_setting, shape_setting, 
 from mopo_cli.runs.record import METHOD
 
 Channel = Any  # a class of Altair's: alt.X, alt.Color, ...
+GREY: theme.Spec = {"encoding": {"symbols": {"fill": {"value": theme.SOFT}, "stroke": {"value": theme.SOFT}}}}
 FAINT = 0.13  # opacity of a shade
 
 
@@ -80,12 +81,7 @@ def shape(group: Group) -> alt.Shape:
     shapes = [
         theme.SHAPES[i % len(theme.SHAPES)] for i in (theme.places(labels) if key == METHOD else range(len(labels)))
     ]
-    grey = (
-        {}
-        if key == METHOD
-        else {"encoding": {"symbols": {"fill": {"value": theme.SOFT}, "stroke": {"value": theme.SOFT}}}}
-    )
-    legend = alt.Legend(title=short(key), columns=_columns(labels), symbolOpacity=1, **grey)
+    legend = alt.Legend(title=short(key), columns=_columns(labels), symbolOpacity=1, **({} if key == METHOD else GREY))
     return alt.Shape(
         "colour:N" if key == METHOD else "shape:N", scale=alt.Scale(domain=labels, range=shapes), legend=legend
     )
