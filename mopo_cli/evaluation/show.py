@@ -14,7 +14,6 @@ from rich.table import Table
 from mopo_cli.base.console import say, show, warn
 from mopo_cli.base.files import write_atomic, write_json
 from mopo_cli.evaluation.compare import Compared
-from mopo_cli.evaluation.figures import draw_evaluation
 from mopo_cli.evaluation.records import Evaluation, Exact, Measured, ScoredSample
 from mopo_cli.maths.significance import LEVEL, Comparison
 from mopo_cli.runs.directory import RunDirectory
@@ -25,6 +24,8 @@ SHOWN = 12  # pairs of runs whose comparison is printed; evaluation.json has all
 # --------------------------------------------------------------------------------------------- files
 def write(directory: Path, run: RunDirectory | None, compared: Compared) -> None:
     """Everything into `directory`: of one run its own, where its samples are renewed as well."""
+    from mopo_cli.evaluation.figures import draw_evaluation  # here, since a training needs no charts before its end
+
     directory.mkdir(parents=True, exist_ok=True)
     evaluations = compared.evaluations
     write_lines(directory / "scores.jsonl", [asdict(sample) for e in evaluations for sample in e.samples])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from mopo_cli.base.files import write_json
 from mopo_cli.config.schema import TrainConfig
 from mopo_cli.evaluation.card import model_card
 from mopo_cli.evaluation.measure import columns_of, evaluate
-from mopo_cli.evaluation.records import Evaluation, Exact, Models
+from mopo_cli.evaluation.records import Evaluation, Models
 from mopo_cli.evaluation.responses import Subject, evaluated_prompts, responses_of
 from mopo_cli.evaluation.show import show_results, write_samples
 from mopo_cli.judging.judges import PreferenceFeatures
@@ -48,15 +47,14 @@ def finish(outcome: Outcome, provenance: dict[str, Any], run: RunDirectory, trac
     signs = warnings(outcome)
     summary = outcome.summary(signs)
     write_samples(run, evaluation.samples)
-    figures = draw(outcome.history, evaluation, evaluation.oracle, run)
     adapter = bool(outcome.config.model.lora.r)
     card = model_card(run.settings(), summary, provenance, adapter, directions=aligned.directions)
     (run.model / "README.md").write_text(card, encoding="utf-8")
     summary["train"]["wall_seconds"] = time.perf_counter() - started
-    publish(tracker, evaluation, figures, summary)
+    publish(tracker, evaluation, summary)
     write_json(run.summary, summary)
     run.set_state(outcome.state, step=aligned.work.steps)
-    write_report(run)
+    tracker.figures(write_report(run))
     sync = tracker.finish()
     for text in signs:
         warn(text) if not text.startswith("note") else say(text)
@@ -65,43 +63,21 @@ def finish(outcome: Outcome, provenance: dict[str, Any], run: RunDirectory, trac
         say(f"upload to Weights & Biases: {sync}")
 
 
-def write_report(run: RunDirectory) -> None:
-    """report.html. The run has ended well even where its page cannot be made; that is said."""
+def write_report(run: RunDirectory) -> list[Path]:
+    """report.html and the figures, whose paths it returns. A run has ended well even where they cannot be made."""
     from mopo_cli.report.build import write_run_report
 
     try:
-        write_run_report(run)
+        return write_run_report(run)
     except Exception as error:
         warn(f"no report.html ({type(error).__name__}: {error}); once mended: mopo report \"run='{run.path}'\"")
+        return []
 
 
-def draw(
-    history: Sequence[Mapping[str, Any]], evaluation: Evaluation, exact: Exact | None, run: RunDirectory
-) -> list[Path]:
-    from mopo_cli.report.figures import Point, draw_run
-
-    results = evaluation.objectives.values()
-    asked = len(results) == 1 or any(result.threshold is not None for result in results)
-    points = [
-        Point(
-            name,
-            result.role,
-            result.threshold,
-            result.win_rate,
-            *result.win_rate_ci95,
-            exact=exact.win_rate[name] if exact else None,
-            optimum=exact.optimum[name] if exact and asked else None,
-        )
-        for name, result in evaluation.objectives.items()
-    ]
-    return draw_run(history, points, run.figures)
-
-
-def publish(tracker: Tracker, evaluation: Evaluation, figures: Sequence[Path], summary: dict[str, Any]) -> None:
+def publish(tracker: Tracker, evaluation: Evaluation, summary: dict[str, Any]) -> None:
     names = list(evaluation.objectives)
     rows = [[s.prompt, s.response, *(s.win_rate[name] for name in names)] for s in evaluation.samples[:100]]
     tracker.table("samples", ["prompt", "response", *names], rows)
-    tracker.figures(figures)
     for text in summary["warnings"]:
         if not text.startswith("note"):
             tracker.alert(text)

@@ -6,114 +6,139 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
+import altair as alt
 import numpy as np
-from matplotlib.axes import Axes
 
-from mopo_cli.report.figures import COLOURS, STYLE
+from mopo_cli.report import theme
+from mopo_cli.report.marks import layered, number, rows
 
 if TYPE_CHECKING:
     from mopo_cli.planning.attainable import PairFront, Plan
     from mopo_cli.planning.tabular import Problem, Record
 
+PREDICTED, EXACT, ASKED = "predicted front, with its 95 % band", "exact front", "threshold asked"
+LAMBDA = "optima of (P) as λ moves"
+LINES = {
+    PREDICTED: (theme.COLOURS[0], theme.SOLID),
+    EXACT: (theme.INK, theme.SOLID),
+    ASKED: (theme.BAD, theme.DASHED),
+    LAMBDA: (theme.SOFT, theme.DASHED),
+}
+BEST, SCHEDULED = "optimum at b", "reached on the schedule, by β"
+REACHED = {
+    BEST: (theme.SOFT, theme.OPTIMUM["shape"]),
+    "reached, exact preferences": (theme.COLOURS[0], theme.SHAPES[0]),
+    "reached, sampled preferences": (theme.COLOURS[1], theme.SHAPES[2]),
+    SCHEDULED: (theme.COLOURS[2], theme.SHAPES[1]),
+}
+
+
+def _kind(kinds: Sequence[str], kind: str) -> alt.StrokeDatum:
+    """A line's colour by what it is, with a legend of what the figure has."""
+    scale = alt.Scale(domain=list(kinds), range=[LINES[kind][0] for kind in kinds])
+    legend = alt.Legend(title=None, symbolType="stroke", symbolSize=300, symbolStrokeWidth=2)
+    return alt.StrokeDatum(kind, type="nominal", scale=scale, legend=legend)
+
+
+def _places(points: Any) -> list[dict[str, float]]:
+    """(n, 2) points as rows that keep their order."""
+    return [{"x": x, "y": y, "i": i} for i, (x, y) in enumerate(np.asarray(points).tolist())]
+
+
+def _line(points: Any, kinds: Sequence[str], kind: str, **mark: Any) -> alt.Chart:
+    line = rows(*_places(points)).mark_line(strokeWidth=1.6, strokeDash=LINES[kind][1], **mark)
+    return line.encode(alt.X("x:Q"), alt.Y("y:Q"), alt.Order("i:Q"), _kind(kinds, kind))
+
 
 # --------------------------------------------------------------------------------------------- mopo synthetic
-REACHED = {"exact": (COLOURS[0], "o"), "sampled": (COLOURS[1], "^")}  # by the preferences a run saw
-SCHEDULED = COLOURS[2]
-OPTIMUM: dict[str, Any] = {"markersize": 9, "fillstyle": "none", "label": "optimum at b"}
-
-
 def draw_structure(name: str, problems: Sequence[Problem], records: Sequence[Record], path: Path) -> Path:
     """One figure a structure: exact front, regularised front, and what the first recipe reached; a panel for each K."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with plt.rc_context(STYLE):  # type: ignore[arg-type]
-        figure, axes = plt.subplots(
-            1, len(problems), figsize=(5.2 * len(problems), 4.4), squeeze=False, layout="constrained"
-        )
-        for axis, problem in zip(axes[0], problems, strict=True):
+    with theme.drawing():
+        panels = []
+        for problem in problems:
             size = problem.optima.shape[1]
-            chosen = _first_recipes([r for r in records if size == r.K])
             draw = _plane if size == 2 else _projection
-            draw(axis, problem, chosen)
-            axis.set_title(f"{name.replace('_', ' ')}, K = {size}")
-        figure.savefig(path)
-        plt.close(figure)
-    return path
+            panel = draw(problem, _first_recipes([r for r in records if size == r.K]))
+            panels.append(panel.properties(width=360, height=300, title=f"{name.replace('_', ' ')}, K = {size}"))
+        spec = theme.spec_of(alt.concat(*panels, columns=3, spacing=40))
+    return theme.save(spec, path)[0]
 
 
 def _first_recipes(records: Sequence[Record]) -> list[Record]:
     """The first recipe's records: one for each kind of preferences, and those on the schedule."""
-    found: dict[tuple[str, bool], Record] = {}
+    first: dict[tuple[str, bool], Record] = {}
     for record in records:
-        found.setdefault((record.preferences, record.beta is not None), record)
-    return list(found.values())
+        first.setdefault((record.preferences, record.beta is not None), record)
+    return list(first.values())
 
 
-def _plane(axis: Axes, problem: Problem, records: Sequence[Record]) -> None:
+def _plane(problem: Problem, records: Sequence[Record]) -> alt.LayerChart:
     """Two objectives: the secondary's win rate against the primary's."""
+    kinds = (EXACT, LAMBDA)
     front = problem.front[np.argsort(problem.front[:, 1])]
-    axis.plot(front[:, 1], front[:, 0], color="black", marker=".", label="exact front")
-    curve = problem.regularised
-    axis.plot(curve[:, 1], curve[:, 0], color="0.55", linestyle="--", label="optima of (P) as λ moves")
-    axis.plot(*problem.optima[:, [1, 0]].T, "o", color="0.55", **OPTIMUM)
-    _reached(axis, records, 1, 0)
-    axis.set(xlabel="win rate, secondary", ylabel="win rate, primary")
-    axis.legend(fontsize=8)
-
-
-def _projection(axis: Axes, problem: Problem, records: Sequence[Record]) -> None:
-    """Three objectives or more: the first two secondaries, over what is left for the primary at those thresholds."""
-    shown = axis.tricontourf(
-        problem.regularised[:, 1], problem.regularised[:, 2], problem.regularised[:, 0], 12, cmap="Greys", alpha=0.6
+    lines = layered(
+        _line(front[:, [1, 0]], kinds, EXACT, point={"color": theme.INK, "size": 25}),
+        _line(problem.regularised[:, [1, 0]], kinds, LAMBDA),
     )
-    axis.use_sticky_edges = False  # what lies on the region's edge keeps a margin
-    axis.figure.colorbar(shown, ax=axis, label="primary's win rate at the optimum of (P)")
-    axis.plot(*problem.optima[:, [1, 2]].T, "o", color="0.35", **OPTIMUM)
-    _reached(axis, records, 1, 2)
-    axis.set(xlabel="win rate, first secondary", ylabel="win rate, second secondary")
-    axis.legend(fontsize=8)
+    points = _reached(problem, records, 1, 0, "win rate, secondary", "win rate, primary")
+    return layered(lines, points)
 
 
-def _reached(axis: Axes, records: Sequence[Record], x: int, y: int) -> None:
+def _projection(problem: Problem, records: Sequence[Record]) -> alt.LayerChart:
+    """Three objectives or more: the first two secondaries, over what is left for the primary at those thresholds."""
+    title = "primary's win rate at the optimum of (P)"
+    legend = alt.Legend(title=title, titleOrient="top", titleLimit=400, gradientLength=240)
+    shade = alt.Fill("primary:Q", scale=alt.Scale(range=["#f1f1f1", "#8c8c8c"]), legend=legend)
+    ground = rows(*_surface(problem.regularised)).mark_rect().encode(
+        alt.X("x:Q"), alt.X2("x2"), alt.Y("y:Q"), alt.Y2("y2"), shade
+    )  # fmt: skip
+    points = _reached(problem, records, 1, 2, "win rate, first secondary", "win rate, second secondary")
+    return layered(ground, points)
+
+
+def _surface(optima: np.ndarray, cells: int = 96) -> list[dict[str, float]]:
+    """The primary's win rate between the optima (C, K), on a grid over the first two secondaries."""
+    from scipy.interpolate import LinearNDInterpolator
+
+    low, high = optima[:, 1:3].min(0), optima[:, 1:3].max(0)
+    edges = np.linspace(low, high, cells + 1)  # (cells + 1, 2)
+    step = edges[1] - edges[0]
+    value = LinearNDInterpolator(optima[:, 1:3], optima[:, 0], rescale=True)
+    xs, ys = np.meshgrid(edges[:-1, 0], edges[:-1, 1])
+    primary = value(xs + step[0] / 2, ys + step[1] / 2)
+    inside = ~np.isnan(primary)
+    right, top = xs + 1.1 * step[0], ys + 1.1 * step[1]  # a little over their neighbours, so that no seam shows
+    columns = (grid[inside] for grid in (xs, right, ys, top, primary))
+    return [dict(zip(("x", "x2", "y", "y2", "primary"), row, strict=True))
+            for row in zip(*(column.round(5).tolist() for column in columns), strict=True)]  # fmt: skip
+
+
+def _reached(problem: Problem, records: Sequence[Record], x: int, y: int, across: str, up: str) -> alt.LayerChart:
+    """The optimum at each threshold and what records reached; those on the schedule with their β."""
+    points = [row | {"series": BEST} for row in _places(problem.optima[:, [x, y]])]
+    betas: list[dict[str, Any]] = []
     for record in records:
-        points = np.array(record.reached)
-        if record.beta is None:
-            colour, marker = REACHED[record.preferences]
-            axis.plot(
-                points[:, x],
-                points[:, y],
-                marker,
-                color=colour,
-                markersize=5,
-                linestyle="none",
-                label=f"reached, {record.preferences} preferences",
-            )
-            continue
-        axis.plot(
-            points[:, x],
-            points[:, y],
-            "s",
-            color=SCHEDULED,
-            markersize=5,
-            linestyle="none",
-            label="reached on the schedule, by β",
-        )
-        for point, betas in _together(record.beta, points[:, [x, y]]):
-            axis.annotate(
-                ", ".join(f"{beta:g}" for beta in betas),
-                point,
-                xytext=(4, 4),
-                textcoords="offset points",
-                fontsize=7,
-                color=SCHEDULED,
-            )
+        places = np.array(record.reached)[:, [x, y]]
+        series = SCHEDULED if record.beta is not None else f"reached, {record.preferences} preferences"
+        points += [row | {"series": series} for row in _places(places)]
+        for at, together in _together(record.beta or [], places):
+            betas.append({"x": at[0], "y": at[1], "text": ", ".join(f"{beta:g}" for beta in together)})
+    shown = [series for series in REACHED if any(row["series"] == series for row in points)]
+    colours, shapes = (alt.Scale(domain=list(REACHED), range=[look[i] for look in REACHED.values()]) for i in (0, 1))
+    legend = alt.Legend(title=None, values=shown, symbolOpacity=1, columns=2, symbolStrokeWidth=1.6)
+    chart = rows(*points).mark_point(size=50, opacity=1, strokeWidth=1.6).encode(
+        number(alt.X, "x", across, padding=20), number(alt.Y, "y", up, padding=10),
+        alt.Color("series:N", scale=colours, legend=legend), alt.Shape("series:N", scale=shapes, legend=legend),
+    )  # fmt: skip
+    labels = rows(*betas).mark_text(color=REACHED[SCHEDULED][0], fontSize=10, fontWeight=600, align="left", dx=6, dy=-8)
+    return layered(chart, labels.encode(alt.X("x:Q"), alt.Y("y:Q"), alt.Text("text:N")))
 
 
 def _together(betas: Sequence[float], points: np.ndarray) -> list[tuple[tuple[float, float], list[float]]]:
     """Betas by the point they reached; those that a reader could not tell apart share one."""
     groups: list[tuple[tuple[float, float], list[float]]] = []
-    for beta, (x, y) in zip(betas, points.tolist(), strict=True):
-        near = next((found for at, found in groups if abs(at[0] - x) < 0.01 and abs(at[1] - y) < 0.01), None)
+    for beta, (x, y) in zip(betas, points.tolist(), strict=False):
+        near = next((group for at, group in groups if abs(at[0] - x) < 0.01 and abs(at[1] - y) < 0.01), None)
         if near is None:
             groups.append(((x, y), [beta]))
         else:
@@ -124,36 +149,36 @@ def _together(betas: Sequence[float], points: np.ndarray) -> list[tuple[tuple[fl
 # --------------------------------------------------------------------------------------------- mopo plan
 def draw_plan(plan: Plan, path: Path) -> Path:
     """The predicted front of each pair of objectives, with its band, and the exact one where it is known."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    count = len(plan.pairs)
-    columns = min(count, 3)
-    rows = -(-count // columns)
-    with plt.rc_context(STYLE):  # type: ignore[arg-type]
-        figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 4.0 * rows), squeeze=False)
-        for axis, front in zip(axes.flat, plan.pairs, strict=False):
-            _pair(axis, front, plan)
-        for axis in list(axes.flat)[count:]:
-            axis.set_axis_off()
-        axes[0][0].legend(fontsize=8, loc="lower left")
-        figure.tight_layout()
-        figure.savefig(path)
-        plt.close(figure)
-    return path
+    exact = any(front.exact_front is not None for front in plan.pairs)
+    bounded = any(plan.objectives[front.secondary].threshold is not None for front in plan.pairs)
+    kinds = [PREDICTED, *([EXACT] if exact else []), *([ASKED] if bounded else [])]
+    with theme.drawing():
+        panels = [_pair(front, plan, kinds) for front in plan.pairs]
+        spec: theme.Spec = theme.spec_of(alt.concat(*panels, columns=3, spacing=30))
+    return theme.save(spec | {"title": theme.below("Star: the reference.", 300)}, path)[0]
 
 
-def _pair(axis: Axes, front: PairFront, plan: Plan) -> None:
-    x = np.array([p.threshold for p in front.points])
-    y, half = np.array([p.win_rate for p in front.points]), np.array([p.ci95 for p in front.points])
-    axis.fill_between(x, y - half, y + half, color=COLOURS[0], alpha=0.2, linewidth=0, label="95 % band")
-    axis.plot(x, y, color=COLOURS[0], marker="o", markersize=3.5, label="predicted front")
+def _pair(front: PairFront, plan: Plan, kinds: Sequence[str]) -> alt.LayerChart:
+    points = [{"x": p.threshold, "y": p.win_rate, "low": p.win_rate - p.ci95, "high": p.win_rate + p.ci95}
+              for p in front.points]  # fmt: skip
+    predicted = rows(*points).encode(
+        number(alt.X, "x", f"win rate, {front.secondary}", padding=10),
+        number(alt.Y, "y", f"win rate, {front.primary}", padding=10),
+    )
+    colour = _kind(kinds, PREDICTED)
+    layers = [
+        predicted.mark_area(color=theme.COLOURS[0], opacity=0.2).encode(alt.Y("low:Q"), alt.Y2("high")),
+        predicted.mark_line(point={"color": theme.COLOURS[0], "size": 30}, strokeWidth=1.6).encode(colour),
+    ]
     if front.exact_front is not None:
         exact = np.array(front.exact_front)
-        inside = (exact[:, 0] >= x.min() - 0.02) & (exact[:, 0] <= x.max() + 0.02)
-        axis.plot(*exact[inside].T, color="black", linestyle="--", linewidth=1.2, label="exact front")
+        across = [row["x"] for row in points]
+        inside = (exact[:, 0] >= min(across) - 0.02) & (exact[:, 0] <= max(across) + 0.02)
+        layers.append(_line(exact[inside], kinds, EXACT))
     first, second = plan.objectives[front.primary], plan.objectives[front.secondary]
-    axis.plot([second.reference], [first.reference], marker="*", color=COLOURS[6], markersize=10, linestyle="none",
-              label="reference")  # fmt: skip
     if second.threshold is not None:
-        axis.axvline(second.threshold, color=COLOURS[1], linestyle=":", linewidth=1.4, label="threshold asked")
-    axis.set(xlabel=f"win rate, {front.secondary}", ylabel=f"win rate, {front.primary}")
-    axis.set_title(f"{front.primary} against {front.secondary}", fontsize=10)
+        rule = rows({}).mark_rule(strokeWidth=1.4, strokeDash=theme.DASHED)
+        layers.append(rule.encode(alt.XDatum(second.threshold), _kind(kinds, ASKED)))
+    start = rows({"x": second.reference, "y": first.reference}).mark_point(**theme.REFERENCE)
+    layers.append(start.encode(alt.X("x:Q"), alt.Y("y:Q")))
+    return layered(*layers).properties(width=290, height=250)

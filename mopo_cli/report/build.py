@@ -16,22 +16,31 @@ from mopo_cli.base.files import read_json, write_atomic
 from mopo_cli.config import schema
 from mopo_cli.report import charts, groups, page
 from mopo_cli.report.quality import quality
+from mopo_cli.report.theme import save
 from mopo_cli.runs.directory import RunDirectory
 from mopo_cli.runs.record import ReportedRun, objective_sets, read_run, value_of, varying_settings
 
 BOOTSTRAP, SAMPLES, SEED = 500, 20, 0  # of the reports that runs and sweeps end with
 
 
-def write_run_report(run: RunDirectory) -> Path:
-    """report.html of one run, in its directory."""
-    return write(build([read_run(run.path)], "run", run.path), run.path)
+def write_run_report(run: RunDirectory) -> list[Path]:
+    """figures/training.png, figures/win_rates.png and report.html of one run; returns the figures' paths."""
+    report = build([read_run(run.path)], "run", run.path)
+    section = report.sections[0]
+    drawn = [figure for figure in section.figures if figure.id in ("training", "win_rates")]
+    paths = [save(charts.composed(f, section.data), run.figures / f"{f.id}.png")[0] for f in drawn]
+    write(report, run.path)
+    return sorted(paths)
 
 
 def write_sweep_report(directory: Path) -> Path:
-    """report.html of a sweep and its figures as PNG and SVG, in its directory; its runs may be in any state."""
-    report = build(read_sweep(directory), "sweep", directory)
-    draw(report, directory / "figures")
-    return write(report, directory)
+    """report.html of a sweep, in its directory; its runs may be in any state."""
+    return write(build(read_sweep(directory), "sweep", directory), directory)
+
+
+def draw_sweep(directory: Path) -> list[Path]:
+    """The figures of a sweep's report as PNG and SVG; returns their paths."""
+    return draw(build(read_sweep(directory), "sweep", directory, bootstrap=0), directory / "figures")
 
 
 # --------------------------------------------------------------------------------------------- which runs
@@ -137,9 +146,9 @@ def _of_sweep(path: Path, record: Mapping[str, Any], varying: Mapping[str, Any])
     try:
         run = read_run(path, record["id"], varying)
     except UserError:  # it never began
-        told = {key: str(value) for key, value in varying.items()}
+        texts = {key: str(value) for key, value in varying.items()}
         state = str(record.get("state") or "not started")
-        return ReportedRun(record["id"], path, state, {}, told, {}, [], [], {}, error)
+        return ReportedRun(record["id"], path, state, {}, texts, {}, [], [], {}, error)
     return run if run.finished or run.problem else replace(run, problem=error)
 
 
@@ -165,28 +174,28 @@ def build(
 
 def notices(runs: Sequence[ReportedRun]) -> list[str]:
     """What a reader must know before comparing these runs."""
-    found = []
+    texts = []
     sets = [group for group in objective_sets(runs) if group[0].names]
     if len(sets) > 1:
-        texts = [f"{', '.join(group[0].names)} ({_some([run.id for run in group])})" for group in sets]
-        found.append(f"These runs have {len(sets)} objective sets, which are shown apart: {'; '.join(texts)}.")
+        described = [f"{', '.join(group[0].names)} ({_some([run.id for run in group])})" for group in sets]
+        texts.append(f"These runs have {len(sets)} objective sets, which are shown apart: {'; '.join(described)}.")
     unfinished = [run for run in runs if not run.finished]
     if unfinished:
         states = ", ".join(f"{count} {state}" for state, count in Counter(r.state for r in unfinished).items())
-        found.append(f"{len(unfinished)} of {len(runs)} runs have no results yet ({states}): "
+        texts.append(f"{len(unfinished)} of {len(runs)} runs have no results yet ({states}): "
                      f"{_some([run.id for run in unfinished])}.")  # fmt: skip
     for group in sets:
         differing = [key for key in ("dataset._target_", "dataset.path", "dataset.data_seed", "dataset.rows")
                      if len({value_of(run, key) for run in group if run.settings}) > 1]  # fmt: skip
         if differing:
-            found.append(f"Runs with {', '.join(group[0].names)} were measured on different data, as win rates are "
+            texts.append(f"Runs with {', '.join(group[0].names)} were measured on different data, as win rates are "
                          f"against the data's responses: they differ in {', '.join(differing)}.")  # fmt: skip
         for name in group[0].names:
             worst = sorted({run.objectives[name].worst for run in group})
             if len(worst) > 1:
-                found.append(f"objectives.{name}.worst differs between runs ({', '.join(map(str, worst))}): "
+                texts.append(f"objectives.{name}.worst differs between runs ({', '.join(map(str, worst))}): "
                              f"hypervolume is counted from {worst[0]:g}.")  # fmt: skip
-    return found
+    return texts
 
 
 def _some(names: Sequence[str], most: int = 6) -> str:
@@ -206,20 +215,12 @@ def write(report: page.Report, directory: Path) -> Path:
 
 def draw(report: page.Report, directory: Path) -> list[Path]:
     """Each figure as PNG and SVG; a second objective set's carry its number."""
-    import vl_convert
-
-    directory.mkdir(parents=True, exist_ok=True)
-    written = []
+    written: list[Path] = []
     with stage("figures", sum(len(section.figures) for section in report.sections)) as progress:
         for number, section in enumerate(report.sections):
             for figure in section.figures:
                 name = figure.id if number == 0 else f"{figure.id}_{number + 1}"
-                svg = vl_convert.vegalite_to_svg(charts.composed(figure, section.data))
-                for path, content in (
-                    (directory / f"{name}.svg", svg.encode()),
-                    (directory / f"{name}.png", vl_convert.svg_to_png(svg, scale=2)),
-                ):
-                    path.write_bytes(content)
-                    written.append(path)
+                paths = [directory / f"{name}.{kind}" for kind in ("svg", "png")]
+                written += save(charts.composed(figure, section.data), *paths)
                 progress.advance(len(written) // 2)
     return written

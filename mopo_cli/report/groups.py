@@ -11,18 +11,27 @@ from typing import Any
 import numpy as np
 
 from mopo_cli.maths import pareto
-from mopo_cli.report.theme import HUES, NAMED, Spec, _one_line
+from mopo_cli.report.theme import HUES, NAMED, one_line
 from mopo_cli.runs.record import METHOD, ReportedRun, value_of
 
 
 @dataclass(frozen=True, slots=True)
+class Panel:
+    """A chart, and in the end its Vega-Lite; `rows` where their number is its height, `wide` where it stands alone."""
+
+    chart: Any
+    wide: bool = False
+    rows: float = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Figure:
-    """Panels that are read together; `shared` scales have one legend for all."""
+    """Panels that are read together; `shared` scales have one legend for all. `id` is the name of its file."""
 
     id: str
     title: str
     caption: str
-    panels: list[Spec]
+    panels: list[Panel]
     shared: tuple[str, ...] = ("color", "shape", "strokeDash")
     height: int = 240
     columns: int = 3
@@ -44,13 +53,13 @@ class Group:
         return [run for run in self.runs if run.finished]
 
     @property
-    def by_method(self) -> bool:
+    def by_algorithm(self) -> bool:
         """Whether runs are told apart by their methods, where these vary."""
         return METHOD in self.settings
 
     @property
     def by_run(self) -> bool:
-        return len(self.runs) <= NAMED and not self.by_method
+        return len(self.runs) <= NAMED and not self.by_algorithm
 
     def points(self) -> np.ndarray:
         """(n, K) of the runs that ended."""
@@ -59,21 +68,21 @@ class Group:
 
 def group_of(runs: Sequence[ReportedRun], settings: Mapping[str, list[str]]) -> Group:
     ended = [run for run in runs if run.finished]
-    own = {key: values for key, values in settings.items() if len({value_of(run, key) for run in runs}) > 1}
-    labels = {run.id: _label(run, own) for run in runs}
+    varying = {key: values for key, values in settings.items() if len({value_of(run, key) for run in runs}) > 1}
+    labels = {run.id: _label(run, varying) for run in runs}
     if len(set(labels.values())) < len(labels):
         labels = {run.id: run.id for run in runs}
-    return Group(runs, runs[0].names, own, bool(ended) and all(run.exact for run in ended), labels)
+    return Group(runs, runs[0].names, varying, bool(ended) and all(run.exact for run in ended), labels)
 
 
 def _label(run: ReportedRun, settings: Mapping[str, list[str]]) -> str:
     if METHOD in settings:  # what other methods are told is not its own
-        told = [key for key in settings if key != METHOD and value_of(run, key) not in ("", "null")]
-        own = [
+        keys = [key for key in settings if key != METHOD and value_of(run, key) not in ("", "null")]
+        parts = [
             value_of(run, METHOD),
-            *(f"{key.rpartition('.')[2]} {value_of(run, key).strip('{}').replace(':', ' ')}" for key in told),
+            *(f"{key.rpartition('.')[2]} {value_of(run, key).strip('{}').replace(':', ' ')}" for key in keys),
         ]
-        return ", ".join(own) if len(own) <= 4 else run.id
+        return ", ".join(parts) if len(parts) <= 4 else run.id
     if not 0 < len(settings) <= 3:
         return run.id
     return ", ".join(f"{short(key)} {value_of(run, key) or '–'}" for key in settings)
@@ -89,17 +98,17 @@ def plane(group: Group) -> tuple[int, int] | None:
 
     None where methods have each their own settings: a cell would mix trade-offs that are not the same.
     """
-    if group.by_method and any(not value_of(run, key) for run in group.ended for key in group.settings):
+    if group.by_algorithm and any(not value_of(run, key) for run in group.ended for key in group.settings):
         return None
     for pair in combinations(range(len(group.settings)), 2):
-        found = [tuple(value_of(run, list(group.settings)[i]) for i in pair) for run in group.ended]
-        if len(set(found)) > max(len({cell[0] for cell in found}), len({cell[1] for cell in found})):
+        cells = [tuple(value_of(run, list(group.settings)[i]) for i in pair) for run in group.ended]
+        if len(set(cells)) > max(len({cell[0] for cell in cells}), len({cell[1] for cell in cells})):
             return pair
     return None
 
 
 # --------------------------------------------------------------------------------------------- the data
-def datasets(group: Group, lines: int = 6000) -> dict[str, list[dict[str, Any]]]:
+def datasets(group: Group, lines: int = 4000) -> dict[str, list[dict[str, Any]]]:
     """`runs`: a row for each; `history`: rows over the steps; `reached`: a row for each run and objective."""
     front = _front(group)
     axes = plane(group)
@@ -116,17 +125,17 @@ def datasets(group: Group, lines: int = 6000) -> dict[str, list[dict[str, Any]]]
         for k, name in enumerate(group.names)
         if f"w{k}" in row
     ]
-    return _one_line({"runs": rows, "history": history, "reached": reached})
+    return one_line({"runs": rows, "history": history, "reached": reached})
 
 
 def _front(group: Group) -> dict[str, bool]:
     """By run: whether no other, or no other of its method where methods vary, beats it."""
     front: dict[str, bool] = {}
-    methods = {run.id: value_of(run, METHOD) if group.by_method else "" for run in group.ended}
+    methods = {run.id: value_of(run, METHOD) if group.by_algorithm else "" for run in group.ended}
     for method in dict.fromkeys(methods.values()):
-        own = [run for run in group.ended if methods[run.id] == method]
-        kept = pareto.nondominated(np.array([run.points(group.exact) for run in own]))
-        front |= {run.id: bool(flag) for run, flag in zip(own, kept, strict=True)}
+        members = [run for run in group.ended if methods[run.id] == method]
+        best = pareto.nondominated(np.array([run.points(group.exact) for run in members]))
+        front |= {run.id: bool(flag) for run, flag in zip(members, best, strict=True)}
     return front
 
 
@@ -141,7 +150,7 @@ def _row(group: Group, run: ReportedRun, front: bool | None, axes: tuple[int, in
         "front": front,
         "settings": [value_of(run, key) for key in group.settings],
         "kl": (oracle.get("kl") if group.exact else None) or run.summary.get("kl"),
-        "okl": oracle.get("optimum_kl") if _aimed(run) else None,
+        "okl": oracle.get("optimum_kl") if aimed(run) else None,
         "step": next((line["step"] for line in reversed(run.history)), None),
     }
     for k, result in enumerate(run.objectives.values()):
@@ -149,7 +158,7 @@ def _row(group: Group, run: ReportedRun, front: bool | None, axes: tuple[int, in
         if result.win_rate is None or result.ci95 is None:
             continue
         row[f"w{k}"], (row[f"l{k}"], row[f"h{k}"]) = result.win_rate, result.ci95
-        row[f"e{k}"], row[f"o{k}"] = result.exact, result.optimum if _aimed(run) else None
+        row[f"e{k}"], row[f"o{k}"] = result.exact, result.optimum if aimed(run) else None
         row[f"x{k}"] = reached = result.exact if group.exact else result.win_rate
         if result.threshold is not None and reached is not None:
             row[f"m{k}"] = reached - result.threshold
@@ -158,21 +167,21 @@ def _row(group: Group, run: ReportedRun, front: bool | None, axes: tuple[int, in
     return {key: _rounded(value) for key, value in row.items() if value is not None}
 
 
-def _aimed(run: ReportedRun) -> bool:
+def aimed(run: ReportedRun) -> bool:
     """Whether (P) is what a run was to solve: thresholds were asked, or there is nothing to ask them of."""
     return len(run.objectives) == 1 or any(r.threshold is not None for r in run.objectives.values())
 
 
 def colour_setting(group: Group) -> str | None:
     """The setting that gives runs their colour: the method, or the first where there are too many for a colour each."""
-    if group.by_method:
+    if group.by_algorithm:
         return METHOD
     return next((key for key, values in group.settings.items() if 2 <= len(values) <= HUES), None)
 
 
 def shape_setting(group: Group) -> str | None:
     """The setting that gives them their shape: the next, or the method again, as ten colours are hard to tell apart."""
-    if group.by_method:
+    if group.by_algorithm:
         return METHOD
     fitting = [key for key, values in group.settings.items() if 2 <= len(values) <= HUES]
     return None if group.by_run or len(fitting) < 2 else fitting[1]
@@ -196,16 +205,16 @@ def _steps(run: ReportedRun, names: Sequence[str], most: int) -> list[dict[str, 
     for k, name in enumerate(names):
         keys |= {f"w{k}": f"win_rate/{name}", f"l{k}": f"lower/{name}"}
         keys |= {f"b{k}": f"threshold/{name}", f"d{k}": f"dual/{name}"}
-    found, last = [], None
+    lines, last = [], None
     for line in run.history:
         values = [line.get(key) for key in keys.values()]
         if values != last or line is run.history[-1]:
-            found.append((line["step"], values))
+            lines.append((line["step"], values))
         last = values
     return [
         {"step": step}
         | {key: _rounded(v) for key, v in zip(keys, values, strict=True) if isinstance(v, int | float) and isfinite(v)}
-        for step, values in _thinned(found, most)
+        for step, values in _thinned(lines, most)
     ]
 
 
@@ -222,18 +231,18 @@ def _rounded(value: Any) -> Any:
 
 def exact_front(group: Group) -> np.ndarray | None:
     """(m, K) the exact front where all runs have the same one."""
-    found: list[Any] = [(run.summary.get("oracle") or {}).get("front") for run in group.ended]
-    if not found or not found[0] or any(front != found[0] for front in found):
+    fronts: list[Any] = [(run.summary.get("oracle") or {}).get("front") for run in group.ended]
+    if not fronts or not fronts[0] or any(front != fronts[0] for front in fronts):
         return None
     try:
-        return np.array([[float(point[name]) for name in group.names] for point in found[0]])
+        return np.array([[float(point[name]) for name in group.names] for point in fronts[0]])
     except (KeyError, TypeError, ValueError):
         return None
 
 
 PAIRS = {
     "loss": ("loss", "loss"),
-    "better": ("preferred_logp", "log-prob of the preferred response, nats"),
+    "better": ("preferred_logp", "log-prob of the preferred, nats"),
     "worse": ("other_logp", "log-prob of the other, nats"),
     "order": ("accuracy", "pairs in the labels' order, share"),
 }  # what a method on labelled pairs logs: the key here, the key there, and the axis

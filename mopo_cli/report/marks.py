@@ -1,4 +1,7 @@
-"""Pieces that several charts are made of."""
+"""Pieces that several charts are made of.
+
+Channels are given as objects, never as text or dicts: Altair takes 20 ms to understand each of those.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +9,82 @@ from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any
 
-from mopo_cli.report.groups import Group, colour_setting, shape_setting, short
-from mopo_cli.report.theme import BAD, COLOURS, MANY, NAMED, SHAPES, SOFT, Spec
+import altair as alt
+
+from mopo_cli.report import theme
+from mopo_cli.report.groups import Group, aimed, colour_setting, shape_setting, short
 from mopo_cli.runs.record import METHOD
 
+Channel = Any  # a class of Altair's: alt.X, alt.Color, ...
+GREY: theme.Spec = {"encoding": {"symbols": {"fill": {"value": theme.SOFT}, "stroke": {"value": theme.SOFT}}}}
+FAINT = 0.13  # opacity of a shade
 
-# --------------------------------------------------------------------------------------------- parts of a panel
-def colour(group: Group) -> Spec:
+
+# --------------------------------------------------------------------------------------------- data
+def rows_of(name: str, *valid: str) -> alt.Chart:
+    """A chart over `runs`, `history` or `reached`: over their rows that have these fields."""
+    chart = alt.Chart(alt.NamedData(name))
+    return chart.transform_filter(" && ".join(f"isValid(datum.{key})" for key in valid)) if valid else chart
+
+
+def rows(*values: Mapping[str, Any]) -> alt.Chart:
+    """A chart over rows of its own."""
+    return alt.Chart(alt.InlineData(values=list(values)))
+
+
+def layered(*charts: alt.Chart | alt.LayerChart, **more: Any) -> alt.LayerChart:
+    """Charts over one another."""
+    return alt.LayerChart(layer=list(charts), **more)
+
+
+# --------------------------------------------------------------------------------------------- channels
+def number(
+    channel: Channel,
+    key: str,
+    title: str | list[str],
+    span: Sequence[float] | None = None,
+    zero: bool = False,
+    padding: float = 0,
+    **axis: Any,
+) -> Any:
+    """An axis of numbers, over exactly this range where one is given, else with so many pixels around them."""
+    scale = alt.Scale(zero=zero, domain=list(span), nice=False) if span else alt.Scale(zero=zero, padding=padding)
+    return channel(f"{key}:Q", axis=alt.Axis(title=title, **{"grid": True, **axis}), scale=scale)
+
+
+def colour(group: Group, channel: Channel = alt.Color, legend: bool = True) -> Any:
+    """Runs by colour: each its own where they are few, else by algorithm or by the first setting that varies."""
     if group.by_run:
-        domain, title = [group.labels[run.id] for run in group.runs if run.finished or run.history], None
+        labels, title = [group.labels[run.id] for run in group.runs if run.finished or run.history], None
     else:
         key = colour_setting(group)
-        domain, title = (group.settings[key], short(key)) if key else (["runs"], None)
-    legend = {"title": title, "symbolType": "circle", "symbolOpacity": 1, "columns": _columns(domain)}
-    return {
-        "field": "colour",
-        "type": "nominal",
-        "scale": {"domain": domain, "range": [COLOURS[i % len(COLOURS)] for i in range(len(domain))]},
-        "legend": legend if len(domain) > 1 else None,
-    }
+        labels, title = (group.settings[key], short(key)) if key else (["runs"], None)
+    by_algorithm = not group.by_run and title == METHOD
+    colours = [
+        theme.COLOURS[i % len(theme.COLOURS)] for i in (theme.places(labels) if by_algorithm else range(len(labels)))
+    ]
+    key_ = alt.Legend(title=title, symbolType="circle", symbolOpacity=1, columns=_columns(labels))
+    return channel(
+        "colour:N",
+        scale=alt.Scale(domain=labels, range=colours if len(labels) > 1 else [theme.INK]),
+        legend=key_ if legend and len(labels) > 1 else None,
+    )
+
+
+def shape(group: Group) -> alt.Shape:
+    """Runs by shape: by algorithm, with its colour in one legend, or by the second setting that varies."""
+    key = shape_setting(group)
+    if not key:
+        only = theme.EXACT["shape"] if group.exact else theme.SHAPES[0]
+        return alt.Shape("shape:N", scale=alt.Scale(domain=["run"], range=[only]), legend=None)
+    labels = group.settings[key]
+    shapes = [
+        theme.SHAPES[i % len(theme.SHAPES)] for i in (theme.places(labels) if key == METHOD else range(len(labels)))
+    ]
+    legend = alt.Legend(title=short(key), columns=_columns(labels), symbolOpacity=1, **({} if key == METHOD else GREY))
+    return alt.Shape(
+        "colour:N" if key == METHOD else "shape:N", scale=alt.Scale(domain=labels, range=shapes), legend=legend
+    )
 
 
 def _columns(labels: Sequence[str]) -> int:
@@ -33,120 +93,102 @@ def _columns(labels: Sequence[str]) -> int:
     return 8 if longest <= 8 else 4 if longest <= 28 else 2
 
 
-def stroke(group: Group) -> Spec:
-    """The same colours on a second channel, whose legend would be the same."""
-    return colour(group) | {"legend": None}
+def objective_colour(k: int) -> str:
+    return theme.COLOURS[k % len(theme.COLOURS)]
 
 
-def shape(group: Group) -> Spec:
-    key = shape_setting(group)
-    domain = group.settings[key] if key else ["run"]
-    if key == METHOD:  # one legend for both
-        legend = {"title": short(key), "symbolOpacity": 1, "columns": _columns(domain)}
-        shapes = [SHAPES[i % len(SHAPES)] for i in range(len(domain))]
-        return {"field": "colour", "type": "nominal", "scale": {"domain": domain, "range": shapes}, "legend": legend}
-    grey = {"fill": {"value": SOFT}, "stroke": {"value": SOFT}}
-    return {
-        "field": "shape",
-        "type": "nominal",
-        "scale": {"domain": domain, "range": SHAPES[: len(domain)]},
-        "legend": {"title": short(key), "columns": _columns(domain), "encoding": {"symbols": grey}} if key else None,
-    }
-
-
-def dashes(kinds: Sequence[str], styles: Mapping[str, list[float]], kind: str) -> Spec:
+def dash(styles: Mapping[str, list[float]], kind: str) -> alt.StrokeDashDatum:
     """A kind of line by its dashes, with a legend of the kinds that the figure has."""
-    scale = {"domain": list(kinds), "range": [styles[name] for name in kinds]}
-    legend = {"title": None, "symbolType": "stroke", "symbolStrokeColor": SOFT, "symbolSize": 300}
-    return {"datum": kind, "type": "nominal", "scale": scale, "legend": legend if len(kinds) > 1 else None}
+    legend = alt.Legend(title=None, symbolType="stroke", symbolStrokeColor=theme.SOFT, symbolSize=300)
+    scale = alt.Scale(domain=list(styles), range=list(styles.values()))
+    return alt.StrokeDashDatum(kind, type="nominal", scale=scale, legend=legend if len(styles) > 1 else None)
 
 
-def visible(opacity: float = 1.0, faint: float = 0.08) -> Spec:
+def visible(opacity: float = 1.0, channel: Channel = alt.OpacityValue) -> Any:
     """Runs that are not among the chosen ones step back."""
-    return {
-        "condition": {"test": "!length(chosen) || indexof(chosen, datum.run) >= 0", "value": opacity},
-        "value": faint * opacity,
-    }
+    test = "!length(chosen) || indexof(chosen, datum.run) >= 0"
+    return channel(0.08 * opacity, condition={"test": test, "value": opacity})
 
 
-def quantity(name: str, title: str | None, domain: Sequence[float] | None = None, **more: Any) -> Spec:
-    axis = {"title": title, "grid": True, **more}
-    scale: Spec = {"zero": False, "nice": False, **({"domain": list(domain)} if domain else {})}
-    return {"field": name, "type": "quantitative", "axis": axis, "scale": scale}
+def tooltip(*fields: tuple[str, str] | tuple[str, str, str]) -> list[alt.Tooltip]:
+    """Rows of a tooltip: field, title and, of numbers, a format."""
+    return [alt.Tooltip(f"{name}:Q", title=title, format=form[0]) if form else alt.Tooltip(f"{name}:N", title=title)
+            for name, title, *form in fields]  # fmt: skip
 
 
-def span(values: Sequence[float | None], margin: float = 0.07, least: float = 0.02) -> tuple[float, float]:
+def run_tooltip(group: Group) -> list[alt.Tooltip]:
+    fields: list[Any] = [("run", "run")]
+    if group.exact:
+        fields += [(f"e{k}", f"{name}, exact", ".4f") for k, name in enumerate(group.names)]
+    fields += [(f"w{k}", f"{name}, sampled", ".4f") for k, name in enumerate(group.names)]
+    fields += [(f"b{k}", f"{name}, threshold", ".3f") for k, name in enumerate(group.names) if thresholds(group, name)]
+    return tooltip(*fields, ("kl", "KL, nats", ".4f"))
+
+
+# --------------------------------------------------------------------------------------------- marks
+def shade(**sides: float) -> alt.Chart:
+    """A shaded rectangle: what breaks a threshold."""
+    classes = {"x": alt.XDatum, "x2": alt.X2Datum, "y": alt.YDatum, "y2": alt.Y2Datum}
+    return rows({}).mark_rect(color=theme.BAD, opacity=FAINT).encode(**{k: classes[k](v) for k, v in sides.items()})
+
+
+def reached(group: Group, chart: alt.Chart, size: float | None = None) -> alt.Chart:
+    """Where runs ended: a point each, which tells its run and chooses it at a click."""
+    mark: theme.Spec = {**theme.SAMPLED, "size": size or (75 if len(group.ended) <= theme.MANY else 36)}
+    return chart.mark_point(**mark, cursor="pointer").encode(
+        shape=shape(group), opacity=visible(), tooltip=run_tooltip(group)
+    )
+
+
+def exact_points(chart: alt.Chart, **mark: Any) -> alt.Chart:
+    return chart.mark_point(**theme.EXACT | mark).encode(opacity=visible())
+
+
+def optimum_points(chart: alt.Chart, **mark: Any) -> alt.Chart:
+    return chart.mark_point(**theme.OPTIMUM | mark).encode(opacity=visible())
+
+
+# --------------------------------------------------------------------------------------------- numbers of a group
+def span_of(values: Sequence[float | None], margin: float = 0.07, least: float = 0.02) -> tuple[float, float]:
     """The range of these values with some room around it."""
-    found = [float(v) for v in values if v is not None and isfinite(v)]
-    if not found:
+    finite = [float(v) for v in values if v is not None and isfinite(v)]
+    if not finite:
         return 0.0, 1.0
-    low, high = min(found), max(found)
+    low, high = min(finite), max(finite)
     room = max((high - low) * margin, least / 2)
     return round(low - room, 4), round(high + room, 4)
 
 
-def tooltip(*fields: tuple[str, str] | tuple[str, str, str]) -> list[Spec]:
-    """Rows of a tooltip: field, title and, of numbers, a format."""
-    rows = []
-    for name, title, *rest in fields:
-        numeric = {"type": "quantitative", "format": rest[0]} if rest else {"type": "nominal"}
-        rows.append({"field": name, "title": title, **numeric})
-    return rows
-
-
-def run_tooltip(group: Group) -> list[Spec]:
-    rows: list[Any] = [("run", "run")]
-    if group.exact:
-        rows += [(f"e{k}", f"{name}, exact", ".4f") for k, name in enumerate(group.names)]
-    rows += [(f"w{k}", f"{name}, sampled", ".4f") for k, name in enumerate(group.names)]
-    rows += [(f"b{k}", f"{name}, threshold", ".3f") for k, name in enumerate(group.names) if _asked(group, name)]
-    return tooltip(*rows, ("kl", "KL, nats", ".4f"))
-
-
-def _asked(group: Group, name: str) -> list[float]:
+def thresholds(group: Group, name: str) -> list[float]:
     """The thresholds asked of an objective by runs that ended, each once."""
-    found = {run.objectives[name].threshold for run in group.ended}
-    return sorted(round(t, 6) for t in found if t is not None)
+    values = {run.objectives[name].threshold for run in group.ended}
+    return sorted(round(t, 6) for t in values if t is not None)
 
 
-def _common_floor(group: Group, name: str) -> float | None:
+def common_floor(group: Group, name: str) -> float | None:
     """Below this win rate no run keeps its threshold; None where one asks for nothing."""
-    asked = [run.objectives[name].threshold for run in group.ended]
-    return min((t for t in asked if t is not None), default=None) if asked and None not in asked else None
+    values = [run.objectives[name].threshold for run in group.ended]
+    return min((t for t in values if t is not None), default=None) if values and None not in values else None
 
 
-def _floors(group: Group) -> bool:
-    return any(_common_floor(group, name) is not None for name in group.names)
+def win_rate_title(group: Group, k: int) -> str:
+    return f"win rate, {group.names[k]}" + (" (exact)" if group.exact else "")
 
 
-def _shade(**sides: float) -> Spec:
-    """A shaded rectangle: what breaks a threshold."""
-    encoding = {key: {"datum": value, "type": "quantitative"} for key, value in sides.items()}
-    return {"data": {"values": [{}]}, "mark": {"type": "rect", "color": BAD, "opacity": 0.13}, "encoding": encoding}
-
-
-def win_rate_title(group: Group, name: str) -> str:
-    return f"win rate, {name}" + (" (exact)" if group.exact else "")
-
-
-def _faintness(group: Group) -> float:
-    """Opacity of error bars: the more there are, the less each is seen."""
-    return 0.55 if len(group.ended) <= MANY else 0.2
-
-
-def _front_span(group: Group, k: int) -> tuple[float, float]:
-    name, values = group.names[k], []
+def front_span(group: Group, k: int) -> tuple[float, float]:
+    """The range of an objective's win rates with their intervals, thresholds, optima and references."""
+    values: list[float | None] = []
     for run in group.ended:
-        r = run.objectives[name]
-        values += [r.exact if group.exact else r.win_rate, r.threshold]
-        values += [r.optimum, r.reference] if group.exact else []
-        values += r.ci95 or ()
-    return span(values)
+        r = run.objectives[group.names[k]]
+        values += [r.exact if group.exact else r.win_rate, r.threshold, *(r.ci95 or ())]
+        values += [r.optimum if aimed(run) else None, r.reference] if group.exact else []
+    return span_of(values)
 
 
-def _weight(group: Group) -> float:
-    return 2.0 if len(group.runs) <= NAMED else 1.3 if len(group.runs) <= MANY else 0.9
+def bar_opacity(group: Group) -> float:
+    """Of error bars: the more there are, the less each is seen."""
+    return 0.55 if len(group.ended) <= theme.MANY else 0.2
 
 
-def _numbers(values: Sequence[Any]) -> list[float]:
-    return [float(v) for v in values if isinstance(v, int | float)]
+def line_width(group: Group) -> float:
+    return 2.0 if len(group.runs) <= theme.NAMED else 1.3 if len(group.runs) <= theme.MANY else 0.9

@@ -38,10 +38,10 @@
   };
 
   function test(word) {
-    const found = /^(.+?)(<=|>=|<|>|=)(-?[\d.]+(?:e-?\d+)?)$/i.exec(word);
-    const column = found ? data.columns.findIndex((title) => title.toLowerCase() === found[1].toLowerCase()) : -1;
+    const match = /^(.+?)(<=|>=|<|>|=)(-?[\d.]+(?:e-?\d+)?)$/i.exec(word);
+    const column = match ? data.columns.findIndex((title) => title.toLowerCase() === match[1].toLowerCase()) : -1;
     if (column < 0) return (row) => row.textContent.toLowerCase().includes(word.toLowerCase());
-    return (row) => typeof value(row, column) === "number" && compare[found[2]](value(row, column), Number(found[3]));
+    return (row) => typeof value(row, column) === "number" && compare[match[2]](value(row, column), Number(match[3]));
   }
 
   function filter() {
@@ -114,10 +114,10 @@
     for (const name of Object.keys(section.datasets)) {
       if (used.includes(`"${name}"`)) datasets[name] = section.datasets[name];
     }
-    const panels = figure.panels.map((panel, number) => {
-      const { wide, rows: lines, labels, ...spec } = structuredClone(panel);
+    const panels = figure.panels.map(({ chart, wide, rows: lines }, number) => {
+      const spec = structuredClone(chart);
       if (lines) {
-        for (const layer of spec.layer) layer.encoding.y.axis.labels = number % columns === 0;
+        for (const { encoding } of spec.layer) if (encoding.y) encoding.y.axis.labels = number % columns === 0;
       }
       spec.width = Math.min(width, wide ? 720 : 460);
       spec.height = figure.height || Math.max(28 * lines, 60);
@@ -177,9 +177,9 @@
       const section = data.sections[Number(select.dataset.section)];
       const setting = section.settings[Number(select.value)];
       for (const row of section.datasets.runs) row[select.dataset.way] = row.settings[Number(select.value)];
-      const figure = section.figures.find((one) => one.id === "heat");
+      const figure = section.figures.find(({ id }) => id === "stability");
       for (const panel of figure.panels) {
-        for (const layer of panel.layer) {
+        for (const layer of panel.chart.layer) {
           const channel = layer.encoding[select.dataset.way === "across" ? "x" : "y"];
           channel.sort = setting.values;
           channel.axis.title = setting.key;
@@ -250,8 +250,8 @@
 
   // ------------------------------------------------------------------ samples, side by side
   const prompts = data.samples.prompts;
-  const known = Object.keys(data.samples.runs);
-  let columns = known.slice(0, 2);
+  const sampled = Object.keys(data.samples.runs);
+  let columns = sampled.slice(0, 2);
   const make = (tag, text, className) => {
     const element = document.createElement(tag);
     if (text !== undefined) element.textContent = text;
@@ -289,30 +289,30 @@
     $("prompt").textContent = number === "" ? "no prompt matches" : prompts[Number(number)];
     $("side").replaceChildren(...columns.map((run, place) => {
       const article = make("article");
-      if (known.length > 1) {
+      if (sampled.length > 1) {
         const select = make("select");
         select.setAttribute("aria-label", `run in column ${place + 1}`);
-        select.append(...known.map((name) => make("option", name)));
+        select.append(...sampled.map((name) => make("option", name)));
         select.value = run;
         select.onchange = () => { columns[place] = select.value; showSamples(); };
         article.append(select);
       }
       const { names, answers } = data.samples.runs[run];
-      const found = answers[number] ?? [];
-      if (!found.length) article.append(make("p", "no sample of this prompt", "soft small"));
-      for (const [text, numbers] of found) {
+      const responses = answers[number] ?? [];
+      if (!responses.length) article.append(make("p", "no sample of this prompt", "soft small"));
+      for (const [text, numbers] of responses) {
         const response = make("div", undefined, "response");
         response.append(make("p", text), ...scores(names, numbers));
         article.append(response);
       }
       return article;
     }));
-    $("more").disabled = columns.length >= Math.min(4, known.length);
+    $("more").disabled = columns.length >= Math.min(4, sampled.length);
     $("fewer").disabled = columns.length < 2;
   }
 
   function sideBySide(runs) {
-    const wanted = runs.filter((run) => known.includes(run)).slice(0, 4);
+    const wanted = runs.filter((run) => sampled.includes(run)).slice(0, 4);
     if (!wanted.length) return;
     columns = wanted;
     showSamples();
@@ -331,7 +331,7 @@
     $("prompts").onchange = showSamples;
     $("before").onclick = () => step(-1);
     $("after").onclick = () => step(1);
-    $("more").onclick = () => { columns.push(known.find((run) => !columns.includes(run))); showSamples(); };
+    $("more").onclick = () => { columns.push(sampled.find((run) => !columns.includes(run))); showSamples(); };
     $("fewer").onclick = () => { columns.pop(); showSamples(); };
     listPrompts();
   }

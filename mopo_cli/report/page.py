@@ -9,8 +9,8 @@ import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -55,7 +55,7 @@ class Report:
 class Cell:
     """A cell of a table: what is read, and what it is sorted by."""
 
-    text: str
+    text: str = ""
     value: float | str = ""
     mark: str = ""  # "yes" or "no": a verdict
 
@@ -106,7 +106,7 @@ def _variables(colours: Mapping[str, str]) -> str:
 def embedded(value: Any) -> str:
     """JSON that is safe inside a script element whatever its texts are."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return re.sub("[<>&\u2028\u2029]", lambda found: f"\\u{ord(found.group()):04x}", text)
+    return re.sub("[<>&\u2028\u2029]", lambda sign: f"\\u{ord(sign.group()):04x}", text)
 
 
 def library() -> str:
@@ -115,16 +115,16 @@ def library() -> str:
 
     versions = f"{version('vl-convert-python')}-{vl_convert.get_vega_version()}"
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    kept = root / "mopo" / f"vega-{versions}.js"
+    cached = root / "mopo" / f"vega-{versions}.js"
     try:
-        return kept.read_text(encoding="utf-8")
+        return cached.read_text(encoding="utf-8")
     except OSError:
         script = vl_convert.javascript_bundle()  # type: ignore[call-arg] (its stub asks for more)
     try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        temporary = kept.with_suffix(f".{os.getpid()}.tmp")
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        temporary = cached.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(script, encoding="utf-8")
-        temporary.replace(kept)
+        temporary.replace(cached)
     except OSError:
         pass  # bundled anew next time
     return script
@@ -178,16 +178,16 @@ def table(report: Report) -> tuple[list[Column], list[tuple[ReportedRun, list[Ce
     rows = []
     for run in report.runs:
         cells = [Cell(run.id, run.id), Cell(run.state if run.finished else f"unfinished: {run.state}", run.state)]
-        told = [Cell(value_of(run, key), _sortable(value_of(run, key))) for key in settings]
-        cells += told if swept else []
+        values = [Cell(value_of(run, key), _sortable(value_of(run, key))) for key in settings]
+        cells += values if swept else []
         for name in names:
             cells += _rates(run, name, exact)
         cells.append(_verdict(run.satisfied))
         cells.append(_number(run.summary.get("kl"), 3))
-        cells.append(Cell("●" if front[run.id] else "", int(front[run.id])) if run.id in front else Cell("", ""))
+        cells.append(Cell("●" if front[run.id] else "", int(front[run.id])) if run.id in front else Cell())
         count = sum(not text.startswith("note") for text in run.warnings)
-        cells.append(Cell(str(count), count) if run.finished else Cell("", ""))
-        rows.append((run, cells if swept else cells + told))
+        cells.append(Cell(str(count), count) if run.finished else Cell())
+        rows.append((run, cells if swept else cells + values))
     return columns, rows
 
 
@@ -204,71 +204,66 @@ def _sortable(text: str) -> float | str:
 
 
 def _number(value: float | None, digits: int) -> Cell:
-    return Cell("", "") if value is None else Cell(f"{value:.{digits}f}", float(f"{value:.6g}"))
+    return Cell() if value is None else Cell(f"{value:.{digits}f}", float(f"{value:.6g}"))
 
 
 def _rates(run: ReportedRun, name: str, exact: bool) -> list[Cell]:
     result = run.objectives.get(name)
     if result is None or result.win_rate is None or result.ci95 is None:
-        return [Cell("", "")] * (1 + exact)
+        return [Cell()] * (1 + exact)
     half = (result.ci95[1] - result.ci95[0]) / 2
     mark = "" if result.satisfied is None else "yes" if result.satisfied else "no"
     sampled = Cell(f"{result.win_rate:.3f} ± {half:.3f}", float(f"{result.win_rate:.6g}"), "" if exact else mark)
-    known = _number(result.exact, 3)
-    return [sampled, Cell(known.text, known.value, mark)] if exact else [sampled]
+    return [sampled, replace(_number(result.exact, 3), mark=mark)] if exact else [sampled]
 
 
-def _verdict(kept: bool | None, yes: str = "kept", no: str = "broken") -> Cell:
-    return Cell("", "") if kept is None else Cell(yes if kept else no, int(kept), "yes" if kept else "no")
+def _verdict(satisfied: bool | None) -> Cell:
+    return Cell() if satisfied is None else Cell(*("kept", 1, "yes") if satisfied else ("broken", 0, "no"))
 
 
-def objective_table(run: ReportedRun) -> list[dict[str, Any]]:
-    """The final table of one run, a row an objective."""
+def objective_table(run: ReportedRun) -> list[tuple[Column, list[Cell]]]:
+    """The final table of one run, a row an objective: its columns that say something."""
     accuracy = run.summary.get("heldout_accuracy") or {}
-    asked = len(run.objectives) == 1 or any(r.threshold is not None for r in run.objectives.values())
-    return [
-        {
-            "name": name,
-            "role": r.role,
-            "threshold": "" if r.threshold is None else f"{r.threshold:.3f}",
-            "rate": _rates(run, name, False)[0].text,
-            "verdict": _verdict(r.satisfied),
-            "exact": _number(r.exact, 3).text,
-            "optimum": _number(r.optimum if asked else None, 3).text,
-            "estimated": _number(r.estimated, 3).text,
-            "dual": _number(r.dual, 3).text,
-            "accuracy": "" if accuracy.get(name) is None else f"{accuracy[name]:.1%}",
-            "judge": r.judge or "",
-        }
-        for name, r in run.objectives.items()
+    constrained = len(run.objectives) == 1 or any(r.threshold is not None for r in run.objectives.values())
+    results = list(run.objectives.values())
+    shares = [accuracy.get(name) for name in run.objectives]
+    columns = [
+        (Column("objective", False), [Cell(name) for name in run.objectives]),
+        (Column("role", False), [Cell(r.role) for r in results]),
+        (Column("threshold"), [_number(r.threshold, 3) for r in results]),
+        (Column("win rate"), [_rates(run, name, False)[0] for name in run.objectives]),
+        (Column("estimated"), [_number(r.estimated, 3) for r in results]),
+        (Column("exact"), [_number(r.exact, 3) for r in results]),
+        (Column("optimum"), [_number(r.optimum if constrained else None, 3) for r in results]),
+        (Column("threshold kept", False), [_verdict(r.satisfied) for r in results]),
+        (Column("λ"), [_number(r.dual, 3) for r in results]),
+        (Column("held-out accuracy"), [Cell("" if share is None else f"{share:.1%}") for share in shares]),
+        (Column("judged by", False), [Cell(r.judge or "") for r in results]),
     ]
+    return [(column, cells) for column, cells in columns if any(cell.text for cell in cells)]
 
 
 def facts(run: ReportedRun) -> list[tuple[str, str]]:
     """What else is worth knowing of one run, as a heading and a text each."""
-    train, oracle = run.summary.get("train") or {}, run.summary.get("oracle") or {}
-    found: list[tuple[str, str]] = [("state", run.state), *([("method", run.method)] if run.method else [])]
-    if run.summary.get("condition"):
-        found.append(("asked behind", str(run.summary["condition"])))
-    if run.summary.get("kl") is not None:
-        exact = f", exact {oracle['kl']:.3f}" if oracle.get("kl") is not None else ""
-        found.append(("KL to the reference", f"{run.summary['kl']:.3f} nats{exact}"))
-    if oracle.get("gap") is not None and any(result.threshold is not None for result in run.objectives.values()):
-        found.append(("below the optimum", f"{oracle['gap']:.3f} of the primary's win rate"))
-    last = next((line["step"] for line in reversed(run.history)), None)
-    if train.get("steps") or last:
-        found.append(("steps", str(train.get("steps") or last)))
-    if train.get("samples"):
-        found.append(("samples drawn in training", f"{train['samples']:,}"))
-    if train.get("wall_seconds"):
-        found.append(("time", _duration(train["wall_seconds"])))
-    if train.get("pairs_per_second"):
-        found.append(("speed", f"{train['pairs_per_second']:,.0f} pairs/s"))
-    if train.get("peak_memory_mb"):
-        found.append(("peak memory", f"{train['peak_memory_mb']:,.0f} MB"))
-    if run.summary.get("seed") is not None:
-        found.append(("seed", str(run.summary["seed"])))
-    return found
+    summary = run.summary
+    train, oracle = summary.get("train") or {}, summary.get("oracle") or {}
+    constrained = any(result.threshold is not None for result in run.objectives.values())
+    exact = f", exact {oracle['kl']:.3f}" if oracle.get("kl") is not None else ""
+    steps = train.get("steps") or next((line["step"] for line in reversed(run.history)), None)
+    rows: list[tuple[str, Any, Callable[[Any], str]]] = [
+        ("state", run.state, str),
+        ("method", run.method or None, str),
+        ("asked behind", summary.get("condition") or None, str),
+        ("KL to the reference", summary.get("kl"), lambda kl: f"{kl:.3f} nats{exact}"),
+        ("below the optimum", oracle.get("gap") if constrained else None, "{:.3f} of the primary's win rate".format),
+        ("steps", steps or None, str),
+        ("samples drawn in training", train.get("samples") or None, "{:,}".format),
+        ("time", train.get("wall_seconds") or None, _duration),
+        ("speed", train.get("pairs_per_second") or None, "{:,.0f} pairs/s".format),
+        ("peak memory", train.get("peak_memory_mb") or None, "{:,.0f} MB".format),
+        ("seed", summary.get("seed"), str),
+    ]
+    return [(head, text(value)) for head, value, text in rows if value is not None]
 
 
 def _duration(seconds: float) -> str:
@@ -284,18 +279,18 @@ def numbers(quality: Quality) -> list[tuple[str, str, str]]:
     origin = f"{values.pop():g} in every objective" if len(values) == 1 else named
     count = sum(quality.front.values())
     sampled = "of sampled win rates, 95 % interval by bootstrap over prompts"
-    found = [("non-dominated", f"{count} of {len(quality.front)}", "no other run is as good in all objectives")]
+    rows = [("non-dominated", f"{count} of {len(quality.front)}", "no other run is as good in all objectives")]
     exact = "" if quality.exact_hypervolume is None else f"; of exact ones {quality.exact_hypervolume:.4f}"
     text = f"{sampled}{exact}; reference point {origin}"
     low, high = quality.hypervolume.ci95 or (-1.0, 2.0)
     if not low <= quality.hypervolume.value <= high:
         text += ". The best of so many noisy runs look better than they are: the interval allows for that"
-    found.append(("hypervolume", _measured(quality.hypervolume), text))
+    rows.append(("hypervolume", _measured(quality.hypervolume), text))
     if quality.igd_plus is not None:
         exact = "" if quality.exact_igd_plus is None else f"; of exact ones {quality.exact_igd_plus:.4f}"
         text = f"distance to the exact front, whatever the KL, {sampled}{exact}"
-        found.append(("IGD+", _measured(quality.igd_plus), text))
-    return found
+        rows.append(("IGD+", _measured(quality.igd_plus), text))
+    return rows
 
 
 def _measured(number: Any) -> str:
@@ -338,25 +333,25 @@ def samples(report: Report) -> dict[str, Any]:
     with_answers = [run for run in report.runs if run.answers]
     if not with_answers:
         return {"prompts": [], "runs": {}}
-    asked = {run.id: dict.fromkeys(answer.prompt for answer in run.answers) for run in with_answers}
-    counts = Counter(prompt for prompts in asked.values() for prompt in prompts)
+    prompts_of = {run.id: dict.fromkeys(answer.prompt for answer in run.answers) for run in with_answers}
+    counts = Counter(prompt for prompts in prompts_of.values() for prompt in prompts)
     chosen = [prompt for prompt, _ in counts.most_common(report.prompts)]
-    for prompts in asked.values():
+    for prompts in prompts_of.values():
         if not any(prompt in prompts for prompt in chosen):
             chosen += list(prompts)[: min(3, report.prompts)]
     each = max(1, min(4, 60 // len(with_answers)))  # responses a prompt
     budget = SAMPLE_BUDGET // len(with_answers)
     runs: dict[str, Any] = {}
     for run in with_answers:
-        left, found = budget, {}
+        left, answers = budget, {}
         for number, prompt in enumerate(chosen):
             for answer in [a for a in run.answers if a.prompt == prompt][:each]:
                 text = _cut(answer.response)
                 left -= len(text) + 40
                 if left < 0:
                     break
-                found.setdefault(number, []).append([text, [answer.scores.get(name) for name in run.names]])
-        runs[run.id] = {"names": run.names, "answers": found}
+                answers.setdefault(number, []).append([text, [answer.scores.get(name) for name in run.names]])
+        runs[run.id] = {"names": run.names, "answers": answers}
     return {"prompts": [_cut(prompt) for prompt in chosen], "runs": runs}
 
 
@@ -385,10 +380,8 @@ def config_text(report: Report, common: Mapping[str, Any]) -> str:
 
 
 def common_settings(runs: Sequence[ReportedRun]) -> dict[str, Any]:
-    known = [run.settings for run in runs if run.settings]
-    if not known:
-        return {}
-    return {k: v for k, v in known[0].items() if all(k in other and other[k] == v for other in known[1:])}
+    first, *others = [run.settings for run in runs if run.settings] or [{}]
+    return {k: v for k, v in first.items() if all(k in other and other[k] == v for other in others)}
 
 
 def own_settings(run: ReportedRun, common: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -405,10 +398,10 @@ def command_of(run: ReportedRun) -> str:
         return text
     if len(words) < 2 or words[1] != "sweep":
         return text
-    kept = [w for w in words[2:] if w not in ("-m", "--multirun") and _key(w) not in run.varying
+    shared = [w for w in words[2:] if w not in ("-m", "--multirun") and _key(w) not in run.varying
             and not _key(w).startswith("sweep.")]  # fmt: skip
     point = [f"{key}={value}" for key, value in run.varying.items() if value]
-    return shlex.join(["mopo", "sweep", *kept, *point])
+    return shlex.join(["mopo", "sweep", *shared, *point])
 
 
 def _key(word: str) -> str:

@@ -33,13 +33,13 @@ def quality(group: Group, draws: int, seed: int) -> Quality | None:
     ids, points = [run.id for run in group.ended], group.points()
     sampled = np.array([run.points(exact=False) for run in group.ended])
     origin = np.array([min(run.objectives[name].worst for run in group.ended) for name in group.names])
-    kept, exact = pareto.nondominated(points), exact_front(group)
-    front = points[kept] if exact is None else exact
+    best, exact = pareto.nondominated(points), exact_front(group)
+    front = points[best] if exact is None else exact
     rates = [sampled_rates(run) for run in group.ended]
-    known = [rate for rate in rates if rate is not None]
-    redrawn = pareto.resample(known, draws, seed) if draws and len(known) == len(rates) else None
+    complete = [rate for rate in rates if rate is not None]
+    redrawn = pareto.resample(complete, draws, seed) if draws and len(complete) == len(rates) else None
     return Quality(
-        front=dict(zip(ids, kept.tolist(), strict=True)),
+        front=dict(zip(ids, best.tolist(), strict=True)),
         hypervolume=pareto.measured(lambda p: pareto.hypervolume(p, origin), sampled, redrawn),
         exact_hypervolume=pareto.hypervolume(points, origin) if group.exact else None,
         igd_plus=None if exact is None else pareto.measured(lambda p: pareto.igd_plus(p, exact), sampled, redrawn),

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
 
-from mopo_cli.report.groups import PAIRS, Figure, Group, _aimed, plane
-from mopo_cli.report.marks import (
-    _faintness,
-    _front_span,
-    _numbers,
-    _shade,
-    _weight,
-    colour,
-    dashes,
-    quantity,
-    run_tooltip,
-    shape,
-    span,
-    stroke,
-    tooltip,
-    visible,
-    win_rate_title,
-)
-from mopo_cli.report.theme import BAD, LINES, MANY, NAMED, PAPER, Spec
+import altair as alt
+import numpy as np
+
+from mopo_cli.report import marks
+from mopo_cli.report.groups import PAIRS, Figure, Group, Panel, aimed, plane
+from mopo_cli.report.marks import number, rows_of, shade, tooltip, visible
+from mopo_cli.report.theme import BAD, COLOURS, DASHED, DOTTED, MANY, NAMED, PAPER, SOLID
+
+ESTIMATE, LOWER, BOUND = "estimate", "lower bound", "threshold b"
+LINES = {ESTIMATE: SOLID, LOWER: DOTTED, BOUND: DASHED}
 
 
 def steps(group: Group) -> Figure:
@@ -32,18 +24,21 @@ def steps(group: Group) -> Figure:
     logged = {key for run in group.runs for line in run.history for key, value in line.items() if value is not None}
     followed = [k for k, name in enumerate(names) if f"win_rate/{name}" in logged]
     panels = [_estimates(group, k) for k in followed]
-    panels += [_over_steps(group, f"d{k}", f"multiplier λ, {names[k]}", "step-after", True)
+    panels += [_series(group, f"d{k}", f"multiplier λ, {names[k]}", marks.objective_colour(k), interpolate="step-after")
                for k in range(1, len(names)) if f"dual/{names[k]}" in logged]  # fmt: skip
     if "kl" in logged:
-        panels.append(_over_steps(group, "kl", "KL to the reference, nats", "linear", True))
-    pairs = {short: told for short, told in PAIRS.items() if told[0] in logged}
-    if followed or group.by_method:
-        pairs.pop("loss", None)  # methods have each their own scale
-    panels += [_over_steps(group, short, title, "linear", False) for short, (_, title) in pairs.items()]
+        panels.append(_series(group, "kl", "KL to the reference, nats"))
+    pairs = {short: (key, title) for short, (key, title) in PAIRS.items() if key in logged}
+    if followed or group.by_algorithm:
+        pairs.pop("loss", None)  # algorithms have each their own scale
+    panels += [_batches(group, short, title) for short, (_, title) in pairs.items()]
     caption = _followed_caption(group) if followed else ""
     if pairs:
-        caption += " What methods on labelled pairs log is of single batches."
-    return Figure("steps", "Over the steps", caption.strip(), panels, height=200)
+        faint = " (faint), with" if len(group.runs) <= NAMED else ":"
+        caption += f" What methods on labelled pairs log is of single batches{faint} its running mean."
+    name = "training" if len(group.runs) == 1 else "trajectories"
+    beside = 4 if len(panels) == 4 else 3
+    return Figure(name, "Over the steps", caption.strip(), [Panel(p) for p in panels], height=200, columns=beside)
 
 
 def _followed_caption(group: Group) -> str:
@@ -52,190 +47,181 @@ def _followed_caption(group: Group) -> str:
         caption += ", with its pessimistic lower bound and the threshold b."
     else:
         caption += " and the threshold b." if len(group.runs) <= MANY else "."
-    found = (["the evaluated win rate with its 95 % interval"] if len(group.ended) <= NAMED else []) + (
-        ["the exact one (diamond)"] if group.exact and len(group.ended) <= MANY else []
-    )
-    return caption + (f" At the end: {' and '.join(found)}." if found and group.ended else "")
+    ends = ["the evaluated win rate with its 95 % interval"] if len(group.ended) <= NAMED else []
+    ends += ["the exact one (diamond)"] if group.exact and len(group.ended) <= MANY else []
+    return caption + (f" At the end: {' and '.join(ends)}." if ends and group.ended else "")
 
 
-def _estimates(group: Group, k: int) -> Spec:
+def _estimates(group: Group, k: int) -> alt.LayerChart:
+    """An objective's estimate, lower bound and threshold over the steps, and what evaluation found in the end."""
     name = group.names[k]
     lines = [line for run in group.runs for line in run.history]
     secondary = any(f"threshold/{name}" in line for line in lines)
-    few = len(group.runs) <= NAMED
+    few, many = len(group.runs) <= NAMED, len(group.runs) > MANY
     bounds = few and any(f"lower/{name}" in line for line in lines)
-    kinds = ["estimate"]
-    if len(group.names) > 1 and len(group.runs) <= MANY:
-        kinds += ["lower bound", "threshold b"] if few else ["threshold b"]
-    values = [line.get(f"{what}/{name}") for line in lines for what in ("win_rate", "threshold")]
-    values += [line.get(f"lower/{name}") for line in lines] if bounds else []
-    for run in group.ended:
-        r = run.objectives[name]
-        values += [r.exact, *(r.ci95 or ())]
-    domain = span(_numbers(values))
-    x, y = _step_axis(group), quantity(f"w{k}", f"win rate, {name}", domain)
-    here: Spec = {"data": {"name": "history"}}
-    line = {"x": x, "detail": {"field": "run"}, "color": colour(group)}
-    layers: list[Spec] = []
+    drawn = (
+        {ESTIMATE, *([BOUND] if not many else []), *([LOWER] if few else [])} if len(group.names) > 1 else {ESTIMATE}
+    )
+    kinds = {kind: style for kind, style in LINES.items() if kind in drawn}
+    logged = [line.get(f"{what}/{name}") for line in lines for what in ("win_rate", "threshold", "lower")[: 2 + bounds]]
+    ends = [v for run in group.ended for v in (run.objectives[name].exact, *(run.objectives[name].ci95 or ()))]
+    span = marks.span_of([v for v in [*logged, *ends] if isinstance(v, int | float)])
+    x, y = _step_axis(group), number(alt.Y, f"w{k}", f"win rate, {name}", span)
+    tint = _tint(group, marks.objective_colour(k))
+    runs = rows_of("history").encode(x, y, alt.Detail("run:N"), tint)
+    bound = runs.encode(alt.Y(f"b{k}:Q"))
+    layers: list[alt.Chart] = []
     floor = _constant_floor(group, name)
     if floor is not None:
-        layers.append(_shade(y=domain[0], y2=min(floor, domain[1])))
+        layers.append(shade(y=span[0], y2=min(floor, span[1])))
     elif len(group.runs) == 1 and secondary:
-        layers.append({**here, "mark": {"type": "area", "color": BAD, "opacity": 0.13, "interpolate": "step-after"},
-                       "encoding": {"x": x, "y": y | {"field": f"b{k}"}, "y2": {"datum": domain[0]}}})  # fmt: skip
-    if secondary and len(group.runs) <= MANY:
-        layers.append({**here, "mark": {"type": "line", "strokeWidth": 1.2, "interpolate": "step-after"},
-                       "encoding": line | {"y": y | {"field": f"b{k}"}, "opacity": visible(0.8),
-                                           "strokeDash": dashes(kinds, LINES, "threshold b")}})  # fmt: skip
+        area = rows_of("history").mark_area(color=BAD, opacity=marks.FAINT, interpolate="step-after")
+        layers.append(area.encode(x, alt.Y(f"b{k}:Q"), alt.Y2Datum(span[0])))
+    if secondary and not many:
+        line = bound.mark_line(strokeWidth=1.2, interpolate="step-after")
+        layers.append(line.encode(visible(0.8), marks.dash(kinds, BOUND)))
     if bounds:
-        layers.append({**here, "mark": {"type": "line", "strokeWidth": 1.2},
-                       "encoding": line | {"y": y | {"field": f"l{k}"}, "opacity": visible(0.9),
-                                           "strokeDash": dashes(kinds, LINES, "lower bound")}})  # fmt: skip
-    layers.append({**here, "mark": {"type": "line", "strokeWidth": _weight(group)},
-                   "encoding": line | {"y": y, "opacity": visible(), "tooltip": tooltip(("run", "run")),
-                                       "strokeDash": dashes(kinds, LINES, "estimate")}})  # fmt: skip
-    layers += _hover_points(group, x, y, ((f"w{k}", "estimate"), (f"l{k}", "lower bound"), (f"b{k}", "threshold b")))
-    layers += _truth(group, k, x, y)
-    return {"layer": layers}
+        line = runs.mark_line(strokeWidth=1.2)
+        layers.append(line.encode(alt.Y(f"l{k}:Q"), visible(0.9), marks.dash(kinds, LOWER)))
+    line = runs.mark_line(strokeWidth=marks.line_width(group))
+    layers.append(line.encode(visible(), marks.dash(kinds, ESTIMATE), tooltip=tooltip(("run", "run"))))
+    layers += _hover(group, x, y, {f"w{k}": ESTIMATE, f"l{k}": LOWER, f"b{k}": BOUND})
+    return marks.layered(*layers, *_truth(group, k, x, y))
 
 
-def _truth(group: Group, k: int, x: Spec, y: Spec) -> list[Spec]:
+def _tint(group: Group, lone: str, channel: Any = alt.Color) -> Any:
+    """The colours of runs; of the only one, that of what is shown."""
+    value = {alt.Color: alt.ColorValue, alt.Stroke: alt.StrokeValue}[channel]
+    return value(lone) if len(group.runs) == 1 else marks.colour(group, channel)
+
+
+def _truth(group: Group, k: int, x: alt.X, y: alt.Y) -> list[alt.Chart]:
     """What evaluation found at the last step."""
-    here: Spec = {"data": {"name": "runs"}, "transform": [{"filter": f"isValid(datum.w{k}) && isValid(datum.step)"}]}
-    tint = stroke(group)
-    diamond = {"type": "point", "shape": "diamond", "size": 55, "filled": True, "fill": PAPER, "strokeWidth": 1.5}
-    found = []
+    runs = rows_of("runs", f"w{k}", "step").encode(x, y)
+    colour = marks.objective_colour(k)
+    layers = []
     if len(group.ended) <= NAMED:
-        found.append({**here, "mark": {"type": "rule", "strokeWidth": 2}, "encoding": {"x": x, "color": tint,
-                      "y": y | {"field": f"l{k}"}, "y2": {"field": f"h{k}"}, "opacity": visible(0.8)}})  # fmt: skip
+        bar = runs.mark_rule(strokeWidth=2).encode(_tint(group, colour), visible(0.8))
+        layers.append(bar.encode(alt.Y(f"l{k}:Q"), alt.Y2(f"h{k}")))
     if group.exact and len(group.ended) <= MANY:
-        rows = tooltip(("run", "run"), (f"e{k}", "exact", ".4f"), (f"w{k}", "sampled", ".4f"))
-        found.append({**here, "mark": diamond, "encoding": {"x": x, "y": y | {"field": f"e{k}"}, "stroke": tint,
-                      "opacity": visible(), "tooltip": rows}})  # fmt: skip
-    return found
+        tips = tooltip(("run", "run"), (f"e{k}", "exact", ".4f"), (f"w{k}", "sampled", ".4f"))
+        exact = marks.exact_points(runs.encode(alt.Y(f"e{k}:Q"), tooltip=tips))
+        tint = alt.StrokeValue(colour) if len(group.runs) == 1 else marks.colour(group, alt.Stroke, legend=False)
+        layers.append(exact.encode(tint))
+    return layers
 
 
-def _over_steps(group: Group, name: str, title: str, interpolate: str, from_zero: bool) -> Spec:
-    x, y = _step_axis(group), quantity(name, title)
-    y["scale"] = {"zero": from_zero, "nice": True}
-    line = {"type": "line", "strokeWidth": _weight(group), "interpolate": interpolate}
-    encoding = {"x": x, "y": y, "detail": {"field": "run"}, "color": colour(group),
-                "opacity": visible(), "tooltip": tooltip(("run", "run"))}  # fmt: skip
-    here: Spec = {"data": {"name": "history"}, "transform": [{"filter": f"isValid(datum.{name})"}]}
-    return {"layer": [{**here, "mark": line, "encoding": encoding}, *_hover_points(group, x, y, ((name, title),))]}
+def _series(group: Group, key: str, title: str, lone: str = COLOURS[6], **mark: Any) -> alt.LayerChart:
+    """A number over the steps, from zero."""
+    x, y = _step_axis(group), number(alt.Y, key, title, zero=True)
+    line = rows_of("history", key).mark_line(strokeWidth=marks.line_width(group), **mark)
+    tips = tooltip(("run", "run"))
+    return marks.layered(line.encode(x, y, alt.Detail("run:N"), _tint(group, lone), visible(), tooltip=tips),
+                     *_hover(group, x, y, {key: title}))  # fmt: skip
 
 
-def _hover_points(group: Group, x: Spec, y: Spec, fields: Sequence[tuple[str, str]]) -> list[Spec]:
+def _batches(group: Group, key: str, title: str) -> alt.LayerChart:
+    """A number of single batches over the steps: as it is where runs are few, and its mean over a tenth of them."""
+    x, y = _step_axis(group), number(alt.Y, key, title)
+    half = max((len(run.history) for run in group.runs), default=0) // 20
+    runs = rows_of("history", key).encode(x, y, alt.Detail("run:N"), _tint(group, COLOURS[0]))
+    mean = runs.transform_window([{"op": "mean", "field": key, "as": "mean"}], frame=[-half, half], groupby=["run"],
+                                 sort=[{"field": "step"}])  # fmt: skip
+    smooth = mean.mark_line(strokeWidth=marks.line_width(group)).encode(number(alt.Y, "mean", title), visible())
+    raw = [runs.mark_line(strokeWidth=0.8).encode(visible(0.35))] if len(group.runs) <= NAMED else []
+    return marks.layered(*raw, smooth.encode(tooltip=tooltip(("run", "run"))), *_hover(group, x, y, {key: title}))
+
+
+def _hover(group: Group, x: alt.X, y: alt.Y, fields: Mapping[str, str]) -> list[alt.Chart]:
     """Points that are seen only by the pointer, where there are few enough."""
     if len(group.runs) > NAMED:
         return []
-    rows = tooltip(("run", "run"), ("step", "step"), *((name, title, ".4f") for name, title in fields))
-    return [{"data": {"name": "history"}, "mark": {"type": "point", "size": 60, "opacity": 0, "filled": True},
-             "encoding": {"x": x, "y": y, "tooltip": rows}}]  # fmt: skip
+    tips = tooltip(("run", "run"), ("step", "step"), *((name, title, ".4f") for name, title in fields.items()))
+    return [rows_of("history").mark_point(size=60, opacity=0, filled=True).encode(x, y, tooltip=tips)]
 
 
-def _step_axis(group: Group) -> Spec:
+def _step_axis(group: Group) -> alt.X:
     last = max((line["step"] for run in group.runs for line in run.history), default=1)
-    return quantity("step", "step", (0, round(last * 1.03, 2) or 1), labelExpr="format(datum.value, '~s')", grid=False)
+    span = (0, round(last * 1.03, 2) or 1)
+    return number(alt.X, "step", "step", span, labelExpr="format(datum.value, '~s')", grid=False)
 
 
 def _constant_floor(group: Group, name: str) -> float | None:
     """The threshold where it is the same in every run at every step."""
     key = f"threshold/{name}"
-    found = {round(float(line[key]), 6) for run in group.runs for line in run.history if line.get(key) is not None}
-    return next(iter(found)) if len(found) == 1 else None
+    floors = {round(float(line[key]), 6) for run in group.runs for line in run.history if line.get(key) is not None}
+    return next(iter(floors)) if len(floors) == 1 else None
 
 
 def reward(group: Group) -> Figure:
     """The primary's win rate against the KL, along the steps and at the end."""
-    name = group.names[0]
-    trails = len(group.runs) <= MANY
-    x = quantity("kl", "KL to the reference, nats" + (" (exact)" if group.exact else ""))
-    x["scale"] = {"zero": True, "nice": True}
-    values: list[Any] = list(_front_span(group, 0))
-    values += [line.get(f"win_rate/{name}") for run in group.runs for line in run.history] if trails else []
-    y, tint = quantity("x0", win_rate_title(group, name), span(_numbers(values), 0.02)), colour(group)
-    ends: Spec = {"data": {"name": "runs"}, "transform": [{"filter": "isValid(datum.x0) && isValid(datum.kl)"}]}
-    layers: list[Spec] = []
-    if trails:
-        layers.append({"data": {"name": "history"}, "transform": [{"filter": "isValid(datum.w0)"}],
-                       "mark": {"type": "line", "strokeWidth": 1.2},
-                       "encoding": {"x": x, "y": y | {"field": "w0"}, "detail": {"field": "run"}, "color": tint,
-                                    "order": {"field": "step", "type": "quantitative"}, "opacity": visible(0.5),
-                                    "tooltip": tooltip(("run", "run"))}})  # fmt: skip
-    layers.append({**ends, "mark": {"type": "rule", "strokeWidth": 1.2},
-                   "encoding": {"x": x, "y": y | {"field": "l0"}, "y2": {"field": "h0"}, "color": tint,
-                                "strokeOpacity": visible(_faintness(group))}})  # fmt: skip
-    if group.exact and len(group.ended) <= MANY:
-        cross = {"type": "point", "shape": "M-1,-1L1,1M-1,1L1,-1", "size": 30, "filled": False, "strokeWidth": 1.6}
-        layers.append({**ends, "mark": cross, "encoding": {"x": x | {"field": "okl"}, "y": y | {"field": "o0"},
-                       "color": tint, "opacity": visible()}})  # fmt: skip
-    layers.append({**ends, "mark": {"type": "point", "filled": True, "size": 75 if trails else 36, "cursor": "pointer"},
-                   "encoding": {"x": x, "y": y, "color": tint, "shape": shape(group), "opacity": visible(),
-                                "tooltip": run_tooltip(group)}})  # fmt: skip
+    name, few = group.names[0], len(group.runs) <= MANY
+    estimates = [line.get(f"win_rate/{name}") for run in group.runs for line in run.history] if few else []
+    estimates = [v for v in estimates if isinstance(v, int | float) and isfinite(v)]
+    span = marks.span_of([*marks.front_span(group, 0), *estimates], 0.02)
+    x = number(alt.X, "kl", "KL to the reference, nats" + (" (exact)" if group.exact else ""), zero=True)
+    y = number(alt.Y, "x0", marks.win_rate_title(group, 0), span)
+    tint = marks.colour(group)
+    ends = rows_of("runs", "x0", "kl").encode(x, y, tint)
+    layers: list[alt.Chart] = []
+    if estimates:
+        trail = rows_of("history", "w0").mark_line(strokeWidth=1.2).encode(x, y, tint, visible(0.5))
+        layers.append(trail.encode(alt.Y("w0:Q"), alt.Detail("run:N"), alt.Order("step:Q"),
+                                   tooltip=tooltip(("run", "run"))))  # fmt: skip
+    bar = ends.mark_rule(strokeWidth=1.2).encode(visible(marks.bar_opacity(group), alt.StrokeOpacityValue))
+    layers.append(bar.encode(alt.Y("l0:Q"), alt.Y2("h0")))
+    optima = group.exact and len(group.ended) <= MANY and any(map(aimed, group.ended))
+    if optima:
+        layers.append(marks.optimum_points(ends.encode(alt.X("okl:Q"), alt.Y("o0:Q"))))
+    layers.append(marks.reached(group, ends))
     caption = f"What {name} gained for how far the policy moved. Markers: at the end, with 95 % intervals."
-    estimated = any(line.get(f"win_rate/{name}") is not None for run in group.runs for line in run.history)
-    caption += " Thin lines: the run's own estimates on its way." if trails and estimated else ""
-    crosses = group.exact and len(group.ended) <= MANY and any(_aimed(run) for run in group.ended)
-    caption += " Crosses: the exact optima." if crosses else ""
-    return Figure("reward_kl", "Reward against KL", caption, [{"layer": layers, "wide": True}], height=300, columns=1)
+    caption += " Thin lines: the run's own estimates on its way." if estimates else ""
+    caption += " Crosses: the exact optima." if optima else ""
+    panels = [Panel(marks.layered(*layers), wide=True)]
+    return Figure("reward_kl", "Reward against KL", caption, panels, height=300, columns=1)
 
 
 def heat(group: Group) -> Figure:
     """Win rate, margins over the thresholds, and KL over the plane of two settings; means where runs share a cell."""
     axes = plane(group)
     assert axes is not None
-    (across, columns), (down, rows) = (list(group.settings.items())[i] for i in axes)
-    names = group.names
-    numbers = [("x0", win_rate_title(group, names[0]), list(group.points()[:, 0]), False)]
-    for k, name in enumerate(names[1:], 1):
-        margins = [
-            reached - run.objectives[name].threshold
-            for run, reached in zip(group.ended, group.points()[:, k], strict=True)
-            if run.objectives[name].threshold is not None
-        ]
-        if margins:
-            numbers.append((f"m{k}", f"{name} less its threshold", margins, True))
-        else:
-            numbers.append((f"x{k}", win_rate_title(group, name), list(group.points()[:, k]), False))
-    numbers.append(("kl", "KL, nats", _numbers([run.summary.get("kl") for run in group.ended]), False))
-    scales = {
-        "x": {"field": "across", "type": "nominal", "sort": columns, "axis": {"title": across, "labelAngle": 0}},
-        "y": {"field": "down", "type": "nominal", "sort": rows, "axis": {"title": down}},
-    }
-    panels = [_cells(name, title, values, diverging, scales, max(len(columns), len(rows)))
-              for name, title, values, diverging in numbers]  # fmt: skip
+    (across, columns), (down, options) = (list(group.settings.items())[i] for i in axes)
+    x = alt.X("across:N", sort=columns, axis=alt.Axis(title=across, labelAngle=0))
+    y = alt.Y("down:N", sort=options, axis=alt.Axis(title=down))
+    kl = [float(run.summary["kl"]) for run in group.ended if run.summary.get("kl") is not None]
+    cells = [_cells(*cell, x, y, max(len(columns), len(options)) <= 8)
+             for cell in (*_mapped(group), ("kl", "KL, nats", kl, False))]  # fmt: skip
     caption = "Means over the runs that share a cell. Margins: blue keeps the threshold, red breaks it."
-    return Figure(
-        "heat",
-        "Over two settings",
-        caption,
-        panels,
-        (),
-        height=230,
-        columns=3 if len(panels) % 4 else 4 if len(columns) <= 4 else 2,
-    )
+    beside = 3 if len(cells) % 4 else 4 if len(columns) <= 4 else 2
+    return Figure("stability", "Over two settings", caption, [Panel(c) for c in cells], (), height=230, columns=beside)
 
 
-def _cells(name: str, title: str, values: Sequence[float], diverging: bool, axes: Spec, most: int) -> Spec:
+def _mapped(group: Group) -> list[tuple[str, str, list[float], bool]]:
+    """Of each objective the field, title and values that are mapped, and whether they are margins over a threshold."""
+    mapped = []
+    for k, name in enumerate(group.names):
+        values = group.points()[:, k].tolist()
+        floors = [run.objectives[name].threshold for run in group.ended]
+        margins = [value - b for value, b in zip(values, floors, strict=True) if b is not None] if k else []
+        mapped.append((f"m{k}", f"{name} less its threshold", margins, True) if margins else
+                      (f"x{k}", marks.win_rate_title(group, k), values, False))  # fmt: skip
+    return mapped
+
+
+def _cells(
+    key: str, title: str, values: Sequence[float], diverging: bool, x: alt.X, y: alt.Y, named: bool
+) -> alt.LayerChart:
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
-    edge = max(abs(low), abs(high)) or 1.0
-    scale = {"scheme": "redblue", "domain": [-edge, edge]} if diverging else {"scheme": "viridis"}
-    mean = f"datum['mean_{name}']"
-    bright = f"abs({mean}) < {0.6 * edge}" if diverging else f"{mean} > {low + 0.62 * (high - low)}"
-    ink = {"condition": {"test": bright, "value": "#111111"}, "value": "#ffffff"}
-    number = {"aggregate": "mean", "field": name, "type": "quantitative"}
-    here: Spec = {"data": {"name": "runs"}, "transform": [{"filter": f"isValid(datum.{name})"}]}
-    text = {**number, "format": "+.3f" if diverging else ".3f"}
-    rows = [
-        {"field": "across", "title": axes["x"]["axis"]["title"]},
-        {"field": "down", "title": axes["y"]["axis"]["title"]},
-        {**number, "title": title, "format": ".4f"},
-        {"aggregate": "count", "title": "runs"},
-    ]
-    layers: list[Spec] = [{**here, "mark": {"type": "rect", "stroke": PAPER, "strokeWidth": 2}, "encoding": {
-                           **axes, "color": {**number, "scale": scale, "legend": None}, "tooltip": rows}}]  # fmt: skip
-    if most <= 8:
-        layers.append({**here, "mark": {"type": "text", "fontSize": 11},
-                       "encoding": {**axes, "text": text, "color": ink}})  # fmt: skip
-    return {"title": {"text": title, "fontSize": 12, "fontWeight": "normal"}, "layer": layers}
+    edge = float(np.abs([low, high]).max()) or 1.0
+    scale = alt.Scale(scheme="redblue", domain=[-edge, edge]) if diverging else alt.Scale(scheme="viridis")
+    mean, cell = f"mean({key}):Q", f"datum['mean_{key}']"
+    bright = f"abs({cell}) < {0.6 * edge}" if diverging else f"{cell} > {low + 0.62 * (high - low)}"
+    tips = [alt.Tooltip("across:N", title=x["axis"]["title"]), alt.Tooltip("down:N", title=y["axis"]["title"]),
+            alt.Tooltip(mean, title=title, format=".4f"), alt.Tooltip("count():Q", title="runs")]  # fmt: skip
+    runs = rows_of("runs", key).encode(x, y)
+    squares = runs.mark_rect(stroke=PAPER, strokeWidth=2)
+    layers = [squares.encode(alt.Color(mean, scale=scale, legend=None), tooltip=tips)]
+    if named:
+        ink = alt.ColorValue("#ffffff", condition={"test": bright, "value": "#111111"})
+        layers.append(runs.mark_text(fontSize=11).encode(alt.Text(mean, format="+.3f" if diverging else ".3f"), ink))
+    return marks.layered(*layers, title=alt.TitleParams(title, fontSize=12, fontWeight="normal"))

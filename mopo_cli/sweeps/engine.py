@@ -210,10 +210,10 @@ class Sweep:
         records = self._records()
         failed = [line for line in self.board.lines.values() if line.record.state not in ENDED]
         self._write("failed" if failed else "done")
-        ended = [(r.overrides, self.directory / "runs" / r.id) for r in records if r.state in ENDED]
+        ended = any(record.state in ENDED for record in records)
         with ThreadPoolExecutor(1) as beside:  # the page is made while the figures are
             page = beside.submit(apart, write_page, self.directory) if ended and self.board.count else None
-            figures = apart(draw, ended, self.directory) if page else []
+            figures = apart(draw, self.directory) if page else []
             upload = self._publish(figures, again) if self.board.count else None
         show_results(records)
         say(f"results        {self.directory / 'results.csv'}")

@@ -23,8 +23,7 @@ from mopo_cli.sweeps.worker import Task, work
 
 PRELOAD = [
     "mopo_cli.pipeline.train",
-    "mopo_cli.report.figures",
-    "matplotlib.backends.backend_agg",
+    "mopo_cli.report.build",
     "transformers.generation.utils",
 ]
 PATIENCE = 60.0  # seconds for an interrupted run to put its state down

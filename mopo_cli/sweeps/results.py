@@ -11,19 +11,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mopo_cli.base.errors import UserError
-from mopo_cli.base.files import read_json, read_lines, write_atomic, write_json
+from mopo_cli.base.files import read_json, write_atomic, write_json
 from mopo_cli.config.compose import option_name
 from mopo_cli.config.schema import LoggerConfig
 from mopo_cli.runs.directory import RunDirectory
 from mopo_cli.sweeps.points import written
 from mopo_cli.sweeps.record import Record
 from mopo_cli.sweeps.worker import ENDED
-
-if TYPE_CHECKING:
-    from mopo_cli.report.figures import Swept
 
 
 def with_every_key(records: Sequence[Record], directory: Path) -> list[Record]:
@@ -153,13 +150,11 @@ def earlier_runs(directory: Path) -> list[tuple[str, dict[str, str]]]:
 
 
 # --------------------------------------------------------------------------------------------- figures and W&B
-def draw(runs: Sequence[tuple[dict[str, str], Path]], directory: Path) -> list[Path]:
-    """Figures of the runs that ended, given each with what varies in it."""
-    from mopo_cli.report.figures import draw_sweep
+def draw(directory: Path) -> list[Path]:
+    """The figures of the sweep's page as PNG and SVG; returns the PNGs."""
+    from mopo_cli.report.build import draw_sweep
 
-    ended = [swept(varying, RunDirectory(path)) for varying, path in runs if RunDirectory(path).summary.exists()]
-    alike = [run for run in ended if list(run.win_rate) == list(ended[0].win_rate)]  # other objectives, other axes
-    return draw_sweep(alike, directory / "figures") if alike else []
+    return [path for path in draw_sweep(directory) if path.suffix == ".png"]
 
 
 def write_page(directory: Path) -> str:
@@ -171,26 +166,6 @@ def write_page(directory: Path) -> str:
     except Exception as error:
         again = f"mopo report \"sweep='{directory}'\""
         return f"no report.html ({type(error).__name__}: {error}); once mended: {again}"
-
-
-def swept(varying: dict[str, str], run: RunDirectory) -> Swept:
-    """What a figure needs to know of a finished run."""
-    from mopo_cli.report.figures import Swept
-
-    summary = run.results()
-    objectives, oracle = summary["objectives"], summary.get("oracle")
-    names = sorted(objectives, key=lambda name: objectives[name]["role"] != "primary")
-    exact = oracle["win_rate"] if oracle else None
-    return Swept(
-        varying,
-        run.state() or "done",
-        {name: (exact or {}).get(name, objectives[name]["win_rate"]) for name in names},
-        {} if exact else {name: tuple(objectives[name]["win_rate_ci95"]) for name in names},
-        {n: objectives[n]["threshold"] for n in names if objectives[n]["threshold"] is not None},
-        oracle["optimum"] if oracle else None,
-        summary["kl"],
-        read_lines(run.metrics),
-    )
 
 
 def publish(

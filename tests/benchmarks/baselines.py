@@ -15,11 +15,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import altair as alt
 import numpy as np
 
 from mopo_cli.config.compose import in_grammar
 from mopo_cli.maths import pareto
+from mopo_cli.report import marks
 from mopo_cli.report.build import read_sweep
+from mopo_cli.report.marks import rows
+from mopo_cli.report.theme import INK, OPTIMUM, below, drawing, save, spec_of
 from mopo_cli.runs.record import ReportedRun
 
 ROOT = Path("outputs/baselines")
@@ -27,6 +31,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 SLACK = 0.01  # win rate by which a threshold may be missed and still count as met, the same for every method
 ASKED = {"algorithm.weights": "weights", "algorithm.direction": "a direction", "threshold": "a threshold"}
 COLOURS = {"a threshold": "#D55E00", "weights": "#0072B2", "a direction": "#009E73"}
+OTHERS, EDGE = "the other methods", "exact front, whatever the KL"
 Range = tuple[float, float, float]  # mean over seeds, least, most
 
 
@@ -237,45 +242,18 @@ def number(value: float) -> str:
 
 def draw(policies: Sequence[Policy], world: World, path: Path, title: str) -> list[Path]:
     """A panel a method: its policies, mean over seeds with least and most, before all others and the exact front."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from mopo_cli.report.figures import STYLE
-
     methods = list(dict.fromkeys(p.method for p in policies))
     columns = min(5, len(methods)) if len(methods) != 6 else 3
-    rows = -(-len(methods) // columns)
-    means = {method: means_of([p for p in policies if p.method == method]) for method in methods}
-    volumes = {row.method: row.hypervolume[0] for row in rows_of(policies, world)}
-    with plt.rc_context({**STYLE, "svg.fonttype": "none", "svg.hashsalt": "mopo"}):  # type: ignore[arg-type]
-        figure, axes = plt.subplots(rows, columns, figsize=(2.55 * columns, 2.5 * rows + 1.0), sharex=True, sharey=True,
-                                    squeeze=False, layout="constrained")  # fmt: skip
-        for axis, method in zip(axes.flat, methods, strict=False):
-            for other in methods:
-                if other != method:
-                    axis.plot(*means[other][0][:, ::-1].T, color="0.8", linewidth=1.0, zorder=1)
-            _panel(axis, method, policies, world, means[method])
-            axis.set_title(f"{method}  {100 * volumes[method]:.0f} %", fontsize=11, loc="left", fontweight="bold")
-        for axis in list(axes.flat)[len(methods) :]:
-            axis.set_axis_off()
-        for axis in list(axes.flat)[max(0, len(methods) - columns) : len(methods)]:
-            axis.set_xlabel(f"win rate, {world.names[1]}")
-            axis.tick_params(labelbottom=True)
-        for axis in axes[:, 0]:
-            axis.set_ylabel(f"win rate, {world.names[0]}")
-        _limits(axes[0][0], policies, world)
-        share = "the exact front's" if world.front is not None else "that of all methods together"
-        text = f"{title}: policies of each method, mean and range over seeds; hypervolume in % of {share}"
-        figure.suptitle(text, fontsize=11, x=0.01, ha="left")
-        figure.legend(handles=_handles(policies, world), loc="outside lower left", ncols=5, fontsize=9)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        written = [path.with_suffix(kind) for kind in (".png", ".svg")]
-        for file in written:
-            figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
-        plt.close(figure)
-    return written
+    kinds = {f"told {by}": colour for by, colour in COLOURS.items() if any(p.by == by for p in policies)}
+    kinds |= {OTHERS: "#cccccc"} | ({EDGE: INK} if world.front is not None else {})
+    share = "the exact front's" if world.front is not None else "that of all methods together"
+    caption = f"{title}: policies of each method, mean and range over seeds; hypervolume in % of {share}."
+    caption += " Crosses: the optimum of (P) at a threshold." if optimal(policies) else ""
+    with drawing():
+        panels = [_panel(method, policies, world, kinds) for method in methods]
+        spec = spec_of(alt.concat(*panels, columns=columns, spacing=20))
+    files = [path.with_suffix(kind) for kind in (".png", ".svg")]
+    return save(spec | {"title": below(caption, 230 * columns)}, *files)
 
 
 def means_of(own: Sequence[Policy]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -288,46 +266,45 @@ def means_of(own: Sequence[Policy]) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     )
 
 
-def _panel(
-    axis: Any, method: str, policies: Sequence[Policy], world: World, means: tuple[np.ndarray, np.ndarray, np.ndarray]
-) -> None:
-    colour = COLOURS[next(p.by for p in policies if p.method == method)]
+def _panel(method: str, policies: Sequence[Policy], world: World, kinds: dict[str, str]) -> alt.LayerChart:
+    means = {m: means_of([p for p in policies if p.method == m]) for m in dict.fromkeys(p.method for p in policies)}
+    volume = next(row.hypervolume[0] for row in rows_of(policies, world) if row.method == method)
+    across, up = _spans(policies, world)
+    base = rows({}).encode(
+        marks.number(alt.X, "x", f"win rate, {world.names[1]}", across),
+        marks.number(alt.Y, "y", f"win rate, {world.names[0]}", up),
+    )  # fmt: skip
+    legend = alt.Legend(title=None, symbolType="stroke", symbolSize=300, symbolStrokeWidth=2, columns=5)
+    scale = alt.Scale(domain=list(kinds), range=list(kinds.values()))
+
+    def line(points: np.ndarray, kind: str, width: float, **mark: Any) -> alt.Chart:
+        places = [{"x": x, "y": y, "i": i} for i, (y, x) in enumerate(points.tolist())]
+        chart = base.mark_line(strokeWidth=width, clip=True, **mark).encode(alt.Order("i:Q"))
+        chart.data = alt.InlineData(values=places)
+        return chart.encode(alt.StrokeDatum(kind, type="nominal", scale=scale, legend=legend))
+
+    own = f"told {next(p.by for p in policies if p.method == method)}"
+    mean, low, high = means[method]
+    layers = [line(points, OTHERS, 1.0) for other, (points, _, _) in means.items() if other != method]
     if world.front is not None:
-        edge = pareto.upper_edge(world.front)
-        axis.plot(edge[:, 1], edge[:, 0], color="black", linewidth=1.3, zorder=2)
-    best = optimal(policies)
-    if best:
-        points = means_of(best)[0]
-        axis.plot(points[:, 1], points[:, 0], "o", color="black", fillstyle="none", markersize=4.5, zorder=3)
-    mean, low, high = means
-    bars = {"xerr": [mean[:, 1] - low[:, 1], high[:, 1] - mean[:, 1]],
-            "yerr": [mean[:, 0] - low[:, 0], high[:, 0] - mean[:, 0]]}  # fmt: skip
-    axis.plot(mean[:, 1], mean[:, 0], color=colour, linewidth=1.6, zorder=4)
-    axis.errorbar(mean[:, 1], mean[:, 0], **bars, fmt="o", color=colour, markersize=4.5, elinewidth=1.2, zorder=5)
+        layers.append(line(pareto.upper_edge(world.front), EDGE, 1.3))
+    if best := optimal(policies):
+        optima = rows(*({"x": x, "y": y} for y, x in means_of(best)[0].tolist()))
+        layers.append(optima.mark_point(**OPTIMUM, color=INK).encode(alt.X("x:Q"), alt.Y("y:Q")))
+    layers.append(line(mean, own, 1.6, point={"color": kinds[own], "size": 30}))
+    ends = [{"x": m[1], "y": m[0], "left": a[1], "right": b[1], "low": a[0], "high": b[0]}
+            for m, a, b in zip(mean.tolist(), low.tolist(), high.tolist(), strict=True)]  # fmt: skip
+    bars = rows(*ends).mark_rule(color=kinds[own], strokeWidth=1.2)
+    layers.append(bars.encode(alt.X("left:Q"), alt.X2("right"), alt.Y("y:Q")))
+    layers.append(bars.encode(alt.X("x:Q"), alt.Y("low:Q"), alt.Y2("high")))
+    return marks.layered(*layers).properties(width=170, height=150, title=f"{method}  {100 * volume:.0f} %")
 
 
-def _limits(axis: Any, policies: Sequence[Policy], world: World) -> None:
-    """What the policies and the front's part beside them take."""
-    points = np.array([p.point for p in policies])
-    points = np.concatenate([points, *([world.front[(world.front >= world.worst).all(1)]] if world.front is not None
-                                       else [])])  # fmt: skip
-    low, high = points.min(0), points.max(0)
-    room = 0.05 * (high - low)
-    axis.set(xlim=(low[1] - room[1], high[1] + room[1]), ylim=(low[0] - room[0], high[0] + room[0]))
-
-
-def _handles(policies: Sequence[Policy], world: World) -> list[Any]:
-    from matplotlib.lines import Line2D
-
-    told = [by for by in COLOURS if any(p.by == by for p in policies)]
-    handles = [Line2D([], [], color=COLOURS[by], marker="o", markersize=4.5, label=f"told {by}") for by in told]
-    handles.append(Line2D([], [], color="0.8", label="the other methods"))
-    if world.front is not None:
-        handles.append(Line2D([], [], color="black", label="exact front, whatever the KL"))
-    if any(p.optimum is not None for p in policies):
-        handles.append(Line2D([], [], color="black", marker="o", fillstyle="none", linestyle="none", markersize=4.5,
-                              label="optimum of (P) at a threshold"))  # fmt: skip
-    return handles
+def _spans(policies: Sequence[Policy], world: World) -> list[tuple[float, float]]:
+    """What the policies and the front's part beside them take: across, the second objective, and up, the first."""
+    points = [p.point for p in policies]
+    points += [] if world.front is None else list(world.front[(world.front >= world.worst).all(1)])
+    return [marks.span_of([float(point[k]) for point in points], 0.05) for k in (1, 0)]
 
 
 # --------------------------------------------------------------------------------------------- docs/results.md

@@ -16,13 +16,11 @@ from evaluations import evaluation
 from run_directories import FRONT, write_methods, write_run, write_sweep
 from running import TINY, Finished
 
-from mopo_cli.base.files import read_lines
 from mopo_cli.evaluation.card import model_card
 from mopo_cli.evaluation.records import Evaluation, Exact, Measured
 from mopo_cli.evaluation.show import show_results
 from mopo_cli.maths.pareto import dominated_volume, hypervolume
-from mopo_cli.report import build, groups, page
-from mopo_cli.report.figures import Swept, draw_run, draw_sweep
+from mopo_cli.report import build, groups, page, theme
 from mopo_cli.runs.directory import RunDirectory
 from mopo_cli.runs.record import read_run, value_of, varying_settings
 
@@ -148,8 +146,8 @@ class TestReport:
         path = write_run(tmp_path / "a", {"a": 0.6, "b": 0.5}, algorithm="dpo", exact=True, settings={"x": 1})
         built = build.build([read_run(path)], "run", path)
         figures = {figure.id: figure for figure in built.sections[0].figures}
-        text = json.dumps(figures["steps"].panels)
-        assert len(figures["steps"].panels) == 4
+        text = json.dumps([panel.chart for panel in figures["training"].panels])
+        assert len(figures["training"].panels) == 4
         assert "loss" in text
         assert "multiplier" not in text
         assert not any(key.startswith("o") for row in built.sections[0].data["runs"] for key in row)  # no optimum
@@ -162,7 +160,7 @@ class TestReport:
     def test_a_run_that_logged_nothing_has_no_chart_of_its_steps(self, tmp_path: Path):
         path = write_run(tmp_path / "a", {"a": 0.6, "b": 0.5})
         (path / "metrics.jsonl").write_text('{"step": 5}\n')
-        assert "steps" not in [f.id for f in build.build([read_run(path)], "run", path).sections[0].figures]
+        assert "training" not in [f.id for f in build.build([read_run(path)], "run", path).sections[0].figures]
 
     def test_the_command_of_a_point_leaves_out_what_others_are_told(self, tmp_path: Path):
         directory = write_methods(tmp_path, seeds=1)
@@ -195,42 +193,45 @@ class TestReport:
 
 
 class TestFigures:
-    def history(self, path: Path, algorithm: str) -> list:
-        return read_lines(RunDirectory(write_run(path, {"a": 0.6, "b": 0.5}, algorithm=algorithm)).metrics)
-
     @pytest.mark.parametrize("algorithm", ["mopo", "dpo"])
-    def test_training_shows_what_was_logged(self, tmp_path: Path, algorithm: str, monkeypatch: pytest.MonkeyPatch):
-        import matplotlib.figure
+    def test_training_shows_what_was_logged(self, tmp_path: Path, algorithm: str):
+        run = RunDirectory(write_run(tmp_path / algorithm, {"a": 0.6, "b": 0.5}, algorithm=algorithm))
+        drawn = build.write_run_report(run)
+        assert [path.name for path in drawn] == ["training.png", "win_rates.png"]
+        assert all(path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000 for path in drawn)
+        (section,) = build.build([read_run(run.path)], "run", run.path).sections
+        text = json.dumps([panel.chart for figure in section.figures if figure.id == "training"
+                           for panel in figure.panels])  # fmt: skip
+        assert ("multiplier" in text) == (algorithm == "mopo")
+        assert ('"loss"' in text) == (algorithm == "dpo")
+        run.metrics.write_text("")  # nothing was logged
+        assert [path.name for path in build.write_run_report(run)] == ["win_rates.png"]
 
-        titles: list[str] = []
-        keep = matplotlib.figure.Figure.savefig
-        monkeypatch.setattr(
-            matplotlib.figure.Figure, "savefig",
-            lambda self, *a, **k: (titles.extend(axis.get_title() for axis in self.axes), keep(self, *a, **k)),
-        )  # fmt: skip
-        from mopo_cli.report.figures import Point
-
-        points = [Point("a", "primary", None, 0.6, 0.58, 0.62), Point("b", "secondary", None, 0.5, 0.48, 0.52)]
-        draw_run(self.history(tmp_path / algorithm, algorithm), points, tmp_path)
-        text = " ".join(titles)
-        assert ("multipliers" in text) == (algorithm == "mopo")
-        assert ("loss" in text) == (algorithm == "dpo")
-        draw_run([], points, tmp_path)  # nothing was logged
+    def test_a_report_of_a_run_draws_its_figures_again_alike(self, tmp_path: Path):
+        run = RunDirectory(write_run(tmp_path / "a", {"a": 0.6, "b": 0.5}, {"b": 0.4}, exact=True))
+        before = {path: path.read_bytes() for path in build.write_run_report(run)}
+        build.draw(build.build([read_run(run.path)], "run", run.path), run.figures)
+        assert {path: path.read_bytes() for path in before} == before
 
     def test_a_sweep_over_methods(self, tmp_path: Path):
-        runs = [
-            Swept({"algorithm": name, "algorithm.weights": "" if name == "mopo" else f"{{a:{w}}}"}, "done",
-                  {"a": 0.6 - w / 10, "b": 0.5 + w / 10}, {}, {}, {"a": 0.7, "b": 0.4}, 0.3,
-                  self.history(tmp_path / f"{name}{w}", name))
-            for name in METHODS for w in (0, 1)
-        ]  # fmt: skip
-        drawn = draw_sweep(runs, tmp_path / "figures")
-        assert [path.name for path in drawn] == [
-            "pareto.png",
-            "trajectories.png",
-        ]  # no plane of settings that not all have
-        silent = [run for run in runs if run.varying["algorithm"] != "mopo"]
-        assert "trajectories.png" not in [path.name for path in draw_sweep(silent, tmp_path / "others")]
+        drawn = {path.name for path in build.draw_sweep(write_methods(tmp_path, METHODS, seeds=1))}
+        assert {"pareto.png", "trajectories.png", "win_rates.png"} <= drawn
+        assert "stability.png" not in drawn  # no plane of settings that not all have
+
+    def test_an_algorithm_looks_the_same_whichever_stand_beside_it(self, tmp_path: Path):
+        looks: dict[str, set[str]] = {}
+        for names in (METHODS, ("mopo", "dpo"), ("own_one", "sft", "mopo")):
+            directory = write_methods(tmp_path / names[0], names, seeds=1)
+            pair = build.build(build.read_sweep(directory), "sweep", directory, bootstrap=0).sections[0].figures[0]
+            (points,) = [layer["encoding"] for layer in pair.panels[0].chart["layer"] if "fill" in layer["encoding"]]
+            colours = points["stroke"]["scale"]
+            assert points["fill"]["condition"]["scale"] == colours
+            assert points["shape"]["scale"]["domain"] == colours["domain"] == sorted(names)
+            assert len(set(colours["range"])) == len(set(points["shape"]["scale"]["range"])) == len(names)
+            for name, *look in zip(colours["domain"], colours["range"], points["shape"]["scale"]["range"], strict=True):
+                looks.setdefault(name, set()).add(str(look))
+        assert all(len(look) == 1 for look in looks.values())
+        assert not {theme.STAR, theme.OPTIMUM["shape"], theme.EXACT["shape"]} & set(theme.SHAPES)
 
 
 class TestWithoutThresholds:

@@ -453,7 +453,7 @@ class TestCommand:
     def test_starts_without_the_heavy_libraries(self):
         code = (
             "import sys; from mopo_cli import cli; status = cli.main(['data', 'dataset.rows=60']);"
-            "heavy = {'torch', 'transformers', 'scipy', 'datasets', 'wandb', 'matplotlib'} & set(sys.modules);"
+            "heavy = {'torch', 'transformers', 'scipy', 'datasets', 'wandb', 'altair'} & set(sys.modules);"
             "sys.exit(f'imported {heavy}' if heavy else status)"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -219,9 +219,9 @@ class TestPage:
             write_run(tmp_path / f"r{number}", rates, {"a.b[0]": 0.5}, settings, exact=True, seed=number)
         found = built(*sorted(tmp_path.glob("r*")))
         drawn = build.draw(found, tmp_path / "figures")
-        names = ("fronts", "parallel", "win_rates", "steps", "reward_kl", "heat")
+        names = ("pareto", "parallel", "win_rates", "trajectories", "reward_kl", "stability")
         assert [path.name for path in drawn] == [f"{name}.{kind}" for name in names for kind in ("svg", "png")]
-        text = (tmp_path / "figures" / "fronts.svg").read_text()
+        text = (tmp_path / "figures" / "pareto.svg").read_text()
         assert "var(--" not in text
         assert "a.b[0]" in text
 
@@ -232,7 +232,9 @@ class TestPage:
             write_run(tmp_path / f"r{number}", rates, exact=number % 2 == 0, seed=number)
         found = built(*sorted(tmp_path.glob("r*")), bootstrap=10)
         assert "<html" in page.render(found)
-        assert [f.id for f in found.sections[0].figures][-2:] == ["steps", "reward_kl"]
+        assert [f.id for f in found.sections[0].figures][-2:] == [
+            "training" if count == 1 else "trajectories", "reward_kl",
+        ]  # fmt: skip
 
 
 class TestCommand:
@@ -241,7 +243,7 @@ class TestCommand:
         done = run_here("report")
         assert done.status == 0, done.err
         assert "report         outputs/train/a/report.html" in done.out
-        assert (here / "outputs/train/a/figures/steps.png").exists()
+        assert (here / "outputs/train/a/figures/training.png").exists()
 
     def test_runs_by_pattern(self, run_here: Report, here: Path):
         write_sweep(here / "s", 4)
@@ -303,9 +305,10 @@ class TestInABrowser:
         (hostile / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         told = summary({HOSTILE: 0.55, "b": 0.5}, {}, False, [], 0) | {"warnings": [HOSTILE], "command": HOSTILE}
         (hostile / "summary.json").write_text(json.dumps(told))
+        build.write_run_report(RunDirectory(hostile))
         return {
             "sweep": build.write(build.build(build.read_sweep(sweep), "sweep", sweep, bootstrap=10), sweep),
-            "hostile": build.write_run_report(RunDirectory(hostile)),
+            "hostile": hostile / "report.html",
             "both": build.write(built(hostile, *sorted(sweep.glob("runs/*"))[:2], bootstrap=0), root),
         }
 
@@ -420,7 +423,7 @@ class TestInABrowser:
         browser.open(pages["sweep"])
         browser.run("(() => { const s = document.querySelector('[data-way=down]'); s.value = 0; s.onchange(); })()")
         browser.run("new Promise(done => setTimeout(done, 500))")
-        text = browser.run("document.querySelector('section[id^=heat] .chart').textContent")
+        text = browser.run("document.querySelector('section[id^=stability] .chart').textContent")
         assert "objectives.harmless.threshold" not in text
         assert browser.errors() == []
 
