@@ -37,7 +37,7 @@ def write_run(
         "seed": seed,
         "dataset": {"_target_": "data", "path": None},
         "algorithm": {"name": algorithm, "_target_": f"methods.{algorithm.capitalize()}"} if algorithm else {
-            "_target_": "mopo_cli.algorithms.mopo.core.Mopo"},
+            "_target_": "mopo_cli.algorithms.mopo.Mopo"},
         "objectives": {n: {"role": "secondary" if i else "primary", "threshold": asked.get(n), "worst": 0.0}
                        for i, n in enumerate(names)},
         "run": {"name": path.name, "dir": str(path)},

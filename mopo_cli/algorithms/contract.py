@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import time
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Protocol
 
 from mopo_cli.config.compose import build, class_of
 from mopo_cli.config.schema import TrainConfig
@@ -52,6 +52,15 @@ class Method(Protocol):
     def align(self, setting: Setting) -> Aligned:
         """Train setting.inputs.policy."""
         ...
+
+
+EVALUATED = {"trained_on": False}  # marks a setting that says where a policy is evaluated, and changes no training
+
+
+def trained_on(algorithm: Any) -> dict[str, Any]:
+    """All settings of an algorithm (a dataclass) that its training depends on: what a cache's key is made of."""
+    values = asdict(algorithm)
+    return {f.name: values[f.name] for f in fields(algorithm) if f.metadata.get("trained_on", True)}
 
 
 def finished(work: Work) -> Work:

@@ -24,7 +24,7 @@ from mopo_cli.base.files import write_json
 from mopo_cli.config import compose
 from mopo_cli.config.schema import SyntheticConfig
 from mopo_cli.planning.structures import Structure, read_structure
-from mopo_cli.planning.tabular import Problem, Record, build_methods, pose, recipes, run_problem
+from mopo_cli.planning.tabular import Problem, StructureResult, points_of, pose, recipes, run_problem
 from mopo_cli.runs.directory import claim
 
 
@@ -72,12 +72,12 @@ def check_recipes(config: SyntheticConfig) -> None:
     """A misspelt part of a recipe is said before anything runs."""
     for recipe in recipes(config, config.preferences[0]):
         try:
-            build_methods(config, recipe, [((None,), 1.0, math.inf)])
+            points_of(config, recipe, [((None,), 1.0, math.inf)])
         except UserError as error:
             raise UserError(str(error).replace("algorithm.", "recipes: ")) from None
 
 
-def run_all(config: SyntheticConfig, problems: Sequence[Problem]) -> list[Record]:
+def run_all(config: SyntheticConfig, problems: Sequence[Problem]) -> list[StructureResult]:
     """Every problem from every kind of preferences; one process a core."""
     jobs = list(product(problems, config.preferences))
     workers = max(1, min(config.processes or os.cpu_count() or 1, len(jobs)))
@@ -87,9 +87,9 @@ def run_all(config: SyntheticConfig, problems: Sequence[Problem]) -> list[Record
         else:
             pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread)
             done = held.enter_context(pool).map(partial(_run_job, config), jobs)
-        records: list[Record] = []
-        for number, found in enumerate(done, start=1):
-            records += found
+        records: list[StructureResult] = []
+        for number, results in enumerate(done, start=1):
+            records += results
             progress.advance(number)
     return records
 
@@ -98,15 +98,17 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _run_job(config: SyntheticConfig, job: tuple[Problem, str]) -> list[Record]:
+def _run_job(config: SyntheticConfig, job: tuple[Problem, str]) -> list[StructureResult]:
     return run_problem(config, *job)
 
 
-def _of(name: str, problems: Sequence[Problem], records: Sequence[Record]) -> tuple[list[Problem], list[Record]]:
+def _of(
+    name: str, problems: Sequence[Problem], records: Sequence[StructureResult]
+) -> tuple[list[Problem], list[StructureResult]]:
     return [p for p in problems if p.structure.name == name], [r for r in records if r.structure == name]
 
 
-def results_table(records: Sequence[Record]) -> Table:
+def results_table(records: Sequence[StructureResult]) -> Table:
     """The issue's columns, a line a structure, K and recipe; runs on the schedule have no optimum of their own."""
     table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in ("structure", "K", "preferences", "method"):

@@ -88,7 +88,7 @@ def _check_value(value: Any, hint: Any, key: str) -> None:
     plain = [kind for kind in kinds if kind in PLAIN]
     words = [bound.be for bound in bounds]
     if len(plain) == len(kinds) - (NoneType in kinds) and not any(_is(value, kind) for kind in plain):
-        words = [PLAIN[plain[0]], *words]
+        words = [PLAIN[plain[0]], *(text.removeprefix(f"{PLAIN[plain[0]]}, ") for text in words)]
     elif all(bound.holds(value) for bound in bounds):
         return
     if NoneType in kinds and not words[-1].endswith("null"):

@@ -14,8 +14,10 @@ from mopo_cli.maths.bounds import effective_sample_size, lower_bound, resolve_ep
 
 # --------------------------------------------------------------------------------------------- ratios and bounds
 def scalarise(win_rates: Tensor, duals: Tensor) -> Tensor:
-    """s_lambda = p_p + sum_j lambda_j p_j: (..., K) win rates and (J,) multipliers to (...)."""
-    return win_rates[..., 0] + win_rates[..., 1:] @ duals.to(win_rates)
+    """s_lambda = p_p + sum_j lambda_j p_j: (..., K) win rates to (...), at (J,) multipliers or (B, J), a row's own."""
+    duals, secondary = duals.to(win_rates), win_rates[..., 1:]
+    weighted = secondary @ duals if duals.dim() == 1 else torch.einsum("bgj,bj->bg", secondary, duals)
+    return win_rates[..., 0] + weighted
 
 
 def importance_ratio(scores: Tensor, tau: float, mask: Tensor | None = None, normalize: str = "prompt") -> Tensor:
@@ -80,7 +82,7 @@ def weighted_estimate(
 
     Self-normalised, sum(w p) / sum(w), unless told otherwise; n_eff is the effective sample size of the weights.
     """
-    weights, win_rates = weights.double(), win_rates.double()
+    weights, win_rates = weights.double().cpu(), win_rates.double().cpu()  # where the multipliers are
     if self_normalise:
         weights = weights / weights.mean().clamp(min=1e-300)
     f = weights[:, None] * win_rates

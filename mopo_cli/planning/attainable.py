@@ -16,6 +16,7 @@ from itertools import combinations
 import numpy as np
 
 from mopo_cli.algorithms.mopo import Mopo
+from mopo_cli.algorithms.mopo.core import Lagrangian
 from mopo_cli.config.schema import PlanConfig
 from mopo_cli.maths import oracle
 from mopo_cli.maths.bounds import resolve_epsilon
@@ -276,7 +277,7 @@ def make_plan(
     started: float,
 ) -> Plan:
     """All predictions; accuracy (K,) is the preference model's, `started` a time.perf_counter()."""
-    thresholds = algorithm.thresholds.numpy()
+    thresholds = Lagrangian(algorithm).thresholds.numpy()
     best = optimum(evidence, thresholds)
     n_eff = float(min(config.onpolicy.prompts, len(inputs.examples["heldout"])))
     epsilon = resolve_epsilon(config.epsilon, n_eff, algorithm.delta)

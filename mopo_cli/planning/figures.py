@@ -14,7 +14,7 @@ from mopo_cli.report.marks import layered, number, rows
 
 if TYPE_CHECKING:
     from mopo_cli.planning.attainable import PairFront, Plan
-    from mopo_cli.planning.tabular import Problem, Record
+    from mopo_cli.planning.tabular import Problem, StructureResult
 
 PREDICTED, EXACT, ASKED = "predicted front, with its 95 % band", "exact front", "threshold asked"
 LAMBDA = "optima of (P) as λ moves"
@@ -51,7 +51,7 @@ def _line(points: Any, kinds: Sequence[str], kind: str, **mark: Any) -> alt.Char
 
 
 # --------------------------------------------------------------------------------------------- mopo synthetic
-def draw_structure(name: str, problems: Sequence[Problem], records: Sequence[Record], path: Path) -> Path:
+def draw_structure(name: str, problems: Sequence[Problem], records: Sequence[StructureResult], path: Path) -> Path:
     """One figure a structure: exact front, regularised front, and what the first recipe reached; a panel for each K."""
     with theme.drawing():
         panels = []
@@ -64,15 +64,15 @@ def draw_structure(name: str, problems: Sequence[Problem], records: Sequence[Rec
     return theme.save(spec, path)[0]
 
 
-def _first_recipes(records: Sequence[Record]) -> list[Record]:
+def _first_recipes(records: Sequence[StructureResult]) -> list[StructureResult]:
     """The first recipe's records: one for each kind of preferences, and those on the schedule."""
-    first: dict[tuple[str, bool], Record] = {}
+    first: dict[tuple[str, bool], StructureResult] = {}
     for record in records:
         first.setdefault((record.preferences, record.beta is not None), record)
     return list(first.values())
 
 
-def _plane(problem: Problem, records: Sequence[Record]) -> alt.LayerChart:
+def _plane(problem: Problem, records: Sequence[StructureResult]) -> alt.LayerChart:
     """Two objectives: the secondary's win rate against the primary's."""
     kinds = (EXACT, LAMBDA)
     front = problem.front[np.argsort(problem.front[:, 1])]
@@ -84,7 +84,7 @@ def _plane(problem: Problem, records: Sequence[Record]) -> alt.LayerChart:
     return layered(lines, points)
 
 
-def _projection(problem: Problem, records: Sequence[Record]) -> alt.LayerChart:
+def _projection(problem: Problem, records: Sequence[StructureResult]) -> alt.LayerChart:
     """Three objectives or more: the first two secondaries, over what is left for the primary at those thresholds."""
     title = "primary's win rate at the optimum of (P)"
     legend = alt.Legend(title=title, titleOrient="top", titleLimit=400, gradientLength=240)
@@ -113,7 +113,9 @@ def _surface(optima: np.ndarray, cells: int = 96) -> list[dict[str, float]]:
             for row in zip(*(column.round(5).tolist() for column in columns), strict=True)]  # fmt: skip
 
 
-def _reached(problem: Problem, records: Sequence[Record], x: int, y: int, across: str, up: str) -> alt.LayerChart:
+def _reached(
+    problem: Problem, records: Sequence[StructureResult], x: int, y: int, across: str, up: str
+) -> alt.LayerChart:
     """The optimum at each threshold and what records reached; those on the schedule with their β."""
     points = [row | {"series": BEST} for row in _places(problem.optima[:, [x, y]])]
     betas: list[dict[str, Any]] = []

@@ -1,6 +1,6 @@
 """`mopo synthetic`: the method on tabular preference structures, beside the exact front and the exact optimum of (P).
 
-The losses, multipliers and estimators are those that language models are trained with (algorithms/mopo.py); only the
+The losses, multipliers and estimators are those that language models are trained with (algorithms/mopo); only the
 policy is a table. Win rates of a policy are exact, whatever the method was allowed to see.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
@@ -17,11 +17,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from mopo_cli.algorithms.mopo.core import LogpBatch, Mopo, refresh_due
+from mopo_cli.algorithms.mopo.core import Lagrangian, LogpBatch, MopoSettings
+from mopo_cli.algorithms.mopo.primal_dual import PrimalDual
 from mopo_cli.base.errors import UserError
 from mopo_cli.config.schema import OptimiserConfig, SyntheticConfig
 from mopo_cli.maths import oracle, pareto
-from mopo_cli.maths.estimates import Estimate, enumerated_estimate, leave_one_out, sampled_estimate
+from mopo_cli.maths.estimates import Estimate, enumerated_estimate, leave_one_out
 from mopo_cli.planning.policy import TabularPolicy
 from mopo_cli.planning.structures import Structure
 from mopo_cli.training.loop import Task, Trainer
@@ -60,7 +61,7 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class StructureResult:
     """One line of synthetic.json. Distances and violations are the worst over thresholds, in win rate."""
 
     structure: str
@@ -87,14 +88,14 @@ def pose(structure: Structure, tau: float, thresholds: Sequence[float] | None) -
     win_rates, log_mu = structure.win_rates[None], np.log(structure.mu)[None]
     objectives = win_rates.shape[2]
     if thresholds is None:
-        asked = _grid(win_rates, log_mu, tau)
+        wanted = _grid(win_rates, log_mu, tau)
     else:
-        asked = np.repeat(np.array(thresholds, np.float64)[:, None], objectives - 1, axis=1)
-        _check_attainable(structure, asked)
-    optima = np.stack([oracle.solve(win_rates, log_mu, tau, b).win_rates for b in asked])
+        wanted = np.repeat(np.array(thresholds, np.float64)[:, None], objectives - 1, axis=1)
+        _check_attainable(structure, wanted)
+    optima = np.stack([oracle.solve(win_rates, log_mu, tau, b).win_rates for b in wanted])
     curve = _curve(win_rates, log_mu, tau)
     vertices = pareto.front(win_rates, pareto.directions(objectives, 200 if objectives == 2 else 60))
-    return Problem(structure, asked, optima, np.unique(vertices, axis=0), win_rates[0].min(axis=0), curve)
+    return Problem(structure, wanted, optima, np.unique(vertices, axis=0), win_rates[0].min(axis=0), curve)
 
 
 def _grid(win_rates: np.ndarray, log_mu: np.ndarray, tau: float) -> np.ndarray:
@@ -121,11 +122,11 @@ def _curve(win_rates: np.ndarray, log_mu: np.ndarray, tau: float) -> np.ndarray:
 def _check_attainable(structure: Structure, thresholds: np.ndarray) -> None:
     values = structure.win_rates[None, :, 1:]
     most = values.max(axis=(0, 1))
-    for asked in thresholds:
-        if oracle.least_slack(values, asked) < 1e-9:
+    for wanted in thresholds:
+        if oracle.least_slack(values, wanted) < 1e-9:
             each = ", ".join(f"{m:.3f}" for m in most)
             raise UserError(
-                f"thresholds: {asked[0]:g} is out of reach in {structure.name} with K = {len(most) + 1}: at most "
+                f"thresholds: {wanted[0]:g} is out of reach in {structure.name} with K = {len(most) + 1}: at most "
                 f"{each} is attainable for each secondary alone" + (", less for all at once" if len(most) > 1 else "")
             )
 
@@ -200,170 +201,182 @@ def _sheet(actions: Tensor, preferences: Tensor) -> Sheet:
 
 
 # --------------------------------------------------------------------------------------------- runs
-class TabularAlignment:
-    """Some runs of the method side by side: one row of the policy's table and one `Mopo` each."""
+class TabularAlignment(PrimalDual):
+    """Some runs of the method side by side, in which none sees another: one row of the policy's table and one point
+    each."""
 
-    def __init__(self, config: SyntheticConfig, evidence: Evidence, mu: np.ndarray, methods: Sequence[Mopo], seed: int):
-        self.config, self.evidence, self.methods = config, evidence, methods
+    margin = 0.001
+    starts_offline = True
+
+    def __init__(
+        self, config: SyntheticConfig, evidence: Evidence, mu: np.ndarray, points: list[Lagrangian], seed: int
+    ):
+        self.config, self.evidence, self.points, self.every = config, evidence, points, config.every
         self.behaviour = torch.as_tensor(np.log(mu))
-        self.policy = TabularPolicy(self.behaviour.repeat(len(methods), 1))
+        self.policy = TabularPolicy(self.behaviour.repeat(len(points), 1))
         self.reference = self.policy().detach()
         self.generator = torch.Generator().manual_seed(seed)
-        for method in methods:
-            self._start(method)
-
-    def _start(self, method: Mopo) -> None:
-        """Multipliers from the offline dual, as for language models."""
-        judged = self.evidence.judged.numpy()[None]
-        reachable = oracle.attainable(judged, self.behaviour.numpy()[None])[1:]
-        asked = np.minimum(method.thresholds.numpy(), reachable - 0.001)
-        duals = oracle.solve(judged, self.behaviour.numpy()[None], method.tau, asked).duals
-        method.state.duals = np.clip(duals, 0.0, method.max_dual).tolist()
 
     def fit(self, accelerator: Accelerator) -> None:
         optimiser = OptimiserConfig(self.config.learning_rate, warmup=1, max_grad_norm=0.0, final_fraction=0.01)
-        Trainer(accelerator, self.policy, optimiser, self.config.steps).fit(
-            Task(rows_of=lambda step: [step], loss_of=self._loss), self._before_step
-        )
-
-    def _shared(self, sheet: Sheet, rows: Tensor | slice) -> LogpBatch:
-        """The part of a batch that is the same for every run; log-probs of policy and reference are still mu's."""
-        actions = sheet.actions[rows]
-        everywhere = torch.ones(actions.shape, dtype=torch.bool)
-        behaviour = self.behaviour[actions]
-        return LogpBatch(behaviour, behaviour, behaviour, sheet.win_rates[rows], everywhere, everywhere)
-
-    def _batch(self, number: int, logps: Tensor, actions: Tensor, shared: LogpBatch) -> LogpBatch:
-        """What one run sees of it."""
-        return replace(shared, policy_logps=logps[number][actions], reference_logps=self.reference[number][actions])
-
-    def _loss(self, steps: list[int]) -> Tensor:
-        step = steps[0]
-        logps, sheet = self.policy(), self.evidence.train
-        rows = torch.randint(len(sheet.actions), (min(ROWS, len(sheet.actions)),), generator=self.generator)
-        actions, shared = sheet.actions[rows], self._shared(sheet, rows)
-        total = torch.zeros((), dtype=torch.float64)
-        for number, method in enumerate(self.methods):
-            batch = self._batch(number, logps, actions, shared)
-            if method.estimator == "offline" and step % OFFLINE == 0:
-                method.observe(method.estimate(batch))
-            total = total + method.loss(batch).mean()
-        return total
-
-    def _before_step(self, step: int) -> None:
-        measured = step > 0 and step % self.config.every == 0
-        with torch.no_grad():
-            logps = self.policy()
-        for number, method in enumerate(self.methods):
-            if measured and method.estimator != "offline":
-                method.observe(self._estimate(number, method, logps))
-            if refresh_due(step, method.t0):
-                method.renew(self._estimate(number, method, logps).lower)
-                self.reference[number] = logps[number]
-
-    def _estimate(self, number: int, method: Mopo, logps: Tensor) -> Estimate:
-        if method.estimator != "onpolicy":
-            sheet = self.evidence.heldout if method.estimator == "heldout" else self.evidence.train
-            return method.estimate(self._batch(number, logps, sheet.actions, self._shared(sheet, slice(None))))
-        probabilities = logps[number].exp()
-        if self.evidence.exact:
-            return enumerated_estimate(probabilities[None], self.evidence.judged[None], method.tau)
-        drawn = torch.multinomial(probabilities, math.prod(SAMPLES), replacement=True, generator=self.generator)
-        return sampled_estimate(
-            self.evidence.judged[drawn].view(*SAMPLES, -1), method.tau, method.epsilon, method.delta
-        )
+        task = Task(rows_of=lambda step: [step], loss_of=self._loss)
+        Trainer(accelerator, self.policy, optimiser, self.config.steps).fit(task, self.before_step)
 
     def win_rates(self, structure: Structure) -> np.ndarray:
         """(T, K) exact win rates of every run's policy."""
-        return self.policy().detach().exp().numpy() @ structure.win_rates
+        return self._logps().exp().numpy() @ structure.win_rates
+
+    # ------------------------------------------------------------------ batches
+
+    def _logps(self) -> Tensor:
+        """(T, A)"""
+        return self.policy().detach()
+
+    def _batch(self, number: int, logps: Tensor, sheet: Sheet) -> LogpBatch:
+        """What one run sees of some rows."""
+        actions = sheet.actions
+        everywhere = torch.ones(actions.shape, dtype=torch.bool)
+        return LogpBatch(
+            policy_logps=logps[number][actions],
+            reference_logps=self.reference[number][actions],
+            behaviour_logps=self.behaviour[actions],
+            win_rates=sheet.win_rates,
+            mask=everywhere,
+            from_data=everywhere,
+        )
+
+    def _loss(self, steps: list[int]) -> Tensor:
+        logps, train = self.policy(), self.evidence.train
+        rows = torch.randint(len(train.actions), (min(ROWS, len(train.actions)),), generator=self.generator)
+        sheet = Sheet(train.actions[rows], train.win_rates[rows])
+        total = torch.zeros((), dtype=torch.float64)
+        for number, point in enumerate(self.points):
+            batch = self._batch(number, logps, sheet)
+            if point.settings.estimator == "offline" and steps[0] % OFFLINE == 0:
+                point.observe(point.estimate(batch))
+            total = total + point.loss(batch).mean()
+        return total
+
+    # ------------------------------------------------------------------ what the multipliers go by
+
+    def pool(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.evidence.judged.numpy()[None], self.behaviour.numpy()[None]
+
+    def estimates(self, step: int) -> list[Estimate | None]:
+        logps = self._logps()
+        return [
+            None if point.settings.estimator == "offline" else self._estimate(number, logps)
+            for number, point in enumerate(self.points)
+        ]
+
+    def achieved(self, number: int) -> Tensor:
+        return self._estimate(number, self._logps()).lower
+
+    def lag(self, step: int, numbers: Sequence[int]) -> None:
+        self.reference[numbers] = self._logps()[numbers]
+
+    def _estimate(self, number: int, logps: Tensor) -> Estimate:
+        point = self.points[number]
+        if point.settings.estimator != "onpolicy":
+            sheet = self.evidence.heldout if point.settings.estimator == "heldout" else self.evidence.train
+            return point.estimate(self._batch(number, logps, sheet))
+        probabilities = logps[number].exp()
+        if self.evidence.exact:
+            return enumerated_estimate(probabilities[None], self.evidence.judged[None], point.settings.tau)
+        drawn = torch.multinomial(probabilities, math.prod(SAMPLES), replacement=True, generator=self.generator)
+        return point.sampled(self.evidence.judged[drawn].view(*SAMPLES, -1))
 
 
-def build_methods(
-    config: SyntheticConfig, recipe: Recipe, asked: Sequence[tuple[tuple[float | None, ...], float, float]]
-) -> list[Mopo]:
-    """One method for each (thresholds, beta, t0).
+def points_of(
+    config: SyntheticConfig, recipe: Recipe, wanted: Sequence[tuple[tuple[float | None, ...], float, float]]
+) -> list[Lagrangian]:
+    """One point for each (thresholds, beta, t0).
 
     The offline estimate costs no sampling and is made more often, so its share of the dual rate is smaller.
     """
     rate = config.dual_rate * (OFFLINE / config.every if recipe.estimator == "offline" else 1.0)
     return [
-        Mopo(
-            ("primary", *(f"secondary {j + 1}" for j in range(len(thresholds)))),
-            thresholds,
-            config.tau,
-            beta,
-            0.0 if recipe.preferences == "exact" else "auto",
-            t0,
-            extraction=recipe.extraction,
-            multipliers=recipe.multipliers,
-            estimator=recipe.estimator,
-            sigma=config.sigma,
-            dual_rate=rate,
-            max_dual=100.0,
+        Lagrangian(
+            MopoSettings(
+                ("primary", *(f"secondary {j + 1}" for j in range(len(thresholds)))),
+                thresholds,
+                config.tau,
+                beta,
+                0.0 if recipe.preferences == "exact" else "auto",
+                t0,
+                extraction=recipe.extraction,
+                multipliers=recipe.multipliers,
+                estimator=recipe.estimator,
+                sigma=config.sigma,
+                dual_rate=rate,
+                max_dual=100.0,
+            )
         )
-        for thresholds, beta, t0 in asked
+        for thresholds, beta, t0 in wanted
     ]
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class RecipeRuns:
     """A recipe at every threshold of a problem, or on the adaptive schedule at every beta."""
 
     recipe: Recipe
     scheduled: bool
-    methods: list[Mopo]
+    points: list[Lagrangian]
 
 
-def trials_of(config: SyntheticConfig, problem: Problem, preferences: str) -> list[Trial]:
+def runs_of(config: SyntheticConfig, problem: Problem, preferences: str) -> list[RecipeRuns]:
     """Every recipe at the thresholds; the first recipe on the schedule, too, from the first kind of preferences."""
-    asked = [(tuple(b), 1.0, math.inf) for b in problem.thresholds.tolist()]
+    fixed = [(tuple(b), 1.0, math.inf) for b in problem.thresholds.tolist()]
     chosen = list(recipes(config, preferences))
-    found = [Trial(recipe, False, build_methods(config, recipe, asked)) for recipe in chosen]
+    runs = [RecipeRuns(recipe, False, points_of(config, recipe, fixed)) for recipe in chosen]
     if config.betas and preferences == config.preferences[0]:
         free = (None,) * problem.thresholds.shape[1]
         scheduled = [(free, beta, float(config.t0)) for beta in config.betas]
-        found.append(Trial(chosen[0], True, build_methods(config, chosen[0], scheduled)))
-    return found
+        runs.append(RecipeRuns(chosen[0], True, points_of(config, chosen[0], scheduled)))
+    return runs
 
 
-def run_problem(config: SyntheticConfig, problem: Problem, preferences: str) -> list[Record]:
+def run_problem(config: SyntheticConfig, problem: Problem, preferences: str) -> list[StructureResult]:
     """Every recipe on a problem, from one kind of preferences: one training, in which no run sees another."""
     started = time.perf_counter()
     structure = problem.structure
     exact = preferences == "exact"
     evidence = exact_evidence(structure) if exact else sampled_evidence(structure, config.pairs, config.seed)
-    trials = trials_of(config, problem, preferences)
-    methods = [method for trial in trials for method in trial.methods]
-    alignment = TabularAlignment(config, evidence, structure.mu, methods, config.seed)
+    runs = runs_of(config, problem, preferences)
+    points = [point for some in runs for point in some.points]
+    alignment = TabularAlignment(config, evidence, structure.mu, points, config.seed)
     alignment.fit(Accelerator(cpu=True))
-    seconds = (time.perf_counter() - started) / len(methods)
-    reached = np.split(alignment.win_rates(structure), np.cumsum([len(trial.methods) for trial in trials])[:-1])
-    return [_record(config, problem, *one, seconds) for one in zip(trials, reached, strict=True)]
+    seconds = (time.perf_counter() - started) / len(points)
+    reached = np.split(alignment.win_rates(structure), np.cumsum([len(some.points) for some in runs])[:-1])
+    return [_result(config, problem, some, rates, seconds) for some, rates in zip(runs, reached, strict=True)]
 
 
-def _record(config: SyntheticConfig, problem: Problem, trial: Trial, reached: np.ndarray, seconds: float) -> Record:
-    """What a trial reached, (T, K), beside what it should have; on the schedule nothing is asked of a run."""
-    recipe, size = trial.recipe, reached.shape[1]
-    wanted = np.zeros((len(reached), 0)) if trial.scheduled else problem.thresholds
-    optimum = np.zeros((len(reached), 0)) if trial.scheduled else problem.optima
+def _result(
+    config: SyntheticConfig, problem: Problem, runs: RecipeRuns, reached: np.ndarray, seconds: float
+) -> StructureResult:
+    """What they reached, (T, K), beside what they should have; on the schedule nothing is asked of a run."""
+    recipe, scheduled = runs.recipe, runs.scheduled
+    nothing = np.zeros((len(reached), 0))
+    wanted, optimum = (nothing, nothing) if scheduled else (problem.thresholds, problem.optima)
     win_rates = problem.structure.win_rates[None]
-    return Record(
-        problem.structure.name,
-        size,
-        recipe.label,
-        recipe.preferences,
-        recipe.extraction,
-        recipe.estimator,
-        recipe.multipliers,
+    return StructureResult(
+        structure=problem.structure.name,
+        K=reached.shape[1],
+        method=recipe.label,
+        preferences=recipe.preferences,
+        extraction=recipe.extraction,
+        estimator=recipe.estimator,
+        multipliers=recipe.multipliers,
         distance_to_front=max(pareto.distance_to_front(point, win_rates) for point in reached),
-        distance_to_optimum=math.nan if trial.scheduled else float(np.abs(reached - optimum).max()),
-        violation=math.nan if trial.scheduled else float(np.maximum(wanted - reached[:, 1:], 0.0).max()),
+        distance_to_optimum=math.nan if scheduled else float(np.abs(reached - optimum).max()),
+        violation=math.nan if scheduled else float(np.maximum(wanted - reached[:, 1:], 0.0).max()),
         hypervolume_ratio=_volume_ratio(problem, reached),
-        seconds=seconds * len(trial.methods),
+        seconds=seconds * len(runs.points),
         thresholds=wanted.tolist(),
         optimum=optimum.tolist(),
         reached=reached.tolist(),
-        beta=list(config.betas) if trial.scheduled else None,
+        beta=list(config.betas) if scheduled else None,
     )
 
 

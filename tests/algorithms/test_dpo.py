@@ -219,12 +219,12 @@ class TestWeightedLabels:
         policy = draw(0, 3, 2)
         h = policy[:, 0] - policy[:, 1]
         own = [pair_loss(h[list(known)], LABELS[list(known), k], 0.3).mean() for k, known in ((0, (0, 1)), (1, (0, 2)))]
-        found = method.loss(pairs_of(policy, LABELS[:3], weights)).mean()
+        found = method.losses(pairs_of(policy, LABELS[:3], weights)).mean()
         torch.testing.assert_close(found, 0.7 * own[0] + 0.3 * own[1])
 
     def test_one_objective_is_dpo_on_its_pairs(self):
         policy, known = draw(0, len(LABELS), 2), ~LABELS[:, 1].isnan()
-        found = Dpo(NAMES, 0.3, weights={"harmless": 2}).loss(pairs_of(policy, LABELS, f64([0.0, 1.0])))
+        found = Dpo(NAMES, 0.3, weights={"harmless": 2}).losses(pairs_of(policy, LABELS, f64([0.0, 1.0])))
         plain = pair_loss((policy[:, 0] - policy[:, 1])[known], LABELS[known, 1], 0.3)
         torch.testing.assert_close(found[known], plain)
         assert not found[~known].any()
@@ -254,7 +254,7 @@ class TestWeightedLabels:
 
         def ipo(policy: Tensor) -> Tensor:
             now, before = (torch.stack([v[:, first], v[:, second]], -1).flatten(0, 1) for v in (policy, reference))
-            return method.loss(pairs_of(now, of_pairs, f64(method.weights), before)).view(prompts, -1).mean(1)
+            return method.losses(pairs_of(now, of_pairs, f64(method.shares), before)).view(prompts, -1).mean(1)
 
         torch.testing.assert_close(slope(mopo, policy), slope(ipo, policy))
 

@@ -16,9 +16,7 @@ from safetensors.torch import load_file
 from test_logprobs import ARCHITECTURES, PACKED, build, by_hand, some_rows
 from torch import Tensor
 
-from mopo_cli.algorithms.pairwise.instructions import Told, inter_margins, inter_responses, intra_sample
-from mopo_cli.algorithms.pairwise.mapl import (
-    Mapl,
+from mopo_cli.algorithms.pairwise.comparisons import (
     ToldTask,
     condition_loss,
     index_of,
@@ -27,6 +25,8 @@ from mopo_cli.algorithms.pairwise.mapl import (
     preference_margins,
     reward_margins,
 )
+from mopo_cli.algorithms.pairwise.instructions import Told, inter_margins, inter_responses, intra_sample
+from mopo_cli.algorithms.pairwise.mapl import Mapl
 from mopo_cli.base.errors import UserError
 from mopo_cli.config.compose import compose, typed
 from mopo_cli.config.schema import TrainConfig

@@ -59,14 +59,14 @@ class TestIdentities:
             Modpo(NAMES, 0.3, weights={name: 2.0}, pairs=pairs, loss=loss),
             Dpo(NAMES, 0.3, loss, {name: 1.0}),
         )
-        weights = f64(theirs.weights)
+        weights = f64(theirs.shares)
 
         def dpo(policy: Tensor) -> Tensor:
             pairs = PairLogps(policy, torch.zeros_like(policy), torch.ones_like(policy), self.labels, weights)
-            return theirs.loss(pairs)
+            return theirs.losses(pairs)
 
         def modpo(policy: Tensor) -> Tensor:
-            return ours.loss(pairs_with(policy, self.labels, None))
+            return ours.losses(pairs_with(policy, self.labels, None))
 
         policy = draw(0, 12, 2)
         torch.testing.assert_close(modpo(policy), dpo(policy))
@@ -75,7 +75,7 @@ class TestIdentities:
     def test_a_reward_that_depends_on_the_prompt_alone_changes_nothing(self):
         method, policy, rewards = Modpo(NAMES, 0.3), draw(0, 12, 2), draw(1, 12, 2, 2)
         shifted = rewards + draw(2, 12, 1, 2)
-        losses = [method.loss(pairs_with(policy, self.labels, r)) for r in (rewards, shifted)]
+        losses = [method.losses(pairs_with(policy, self.labels, r)) for r in (rewards, shifted)]
         torch.testing.assert_close(*losses)
 
     @pytest.mark.parametrize("loss", LOSSES)
@@ -99,7 +99,7 @@ class TestIdentities:
         def total() -> Tensor:
             now, before = (torch.stack([v[:, first], v[:, second]], -1).flatten(0, 1) for v in (policy(), reference))
             pairs = PairLogps(now, before, torch.ones_like(now), labels, torch.ones(3), sides)
-            return method.loss(pairs).mean()
+            return method.losses(pairs).mean()
 
         minimise(policy, total)
         wanted = torch.softmax(reference + rewards @ f64(weights) / tau, -1)
@@ -108,10 +108,10 @@ class TestIdentities:
 
 class TestSettings:
     def test_whose_pairs(self):
-        assert NAMES[Modpo(NAMES, 0.1).own] == "helpful"
-        assert NAMES[Modpo(NAMES, 0.1, weights={"harmless": 1, "concise": 2}).own] == "concise"
-        assert NAMES[Modpo(NAMES, 0.1, pairs="harmless").own] == "harmless"
-        assert Modpo(NAMES, 0.1).weights == pytest.approx((1 / 3,) * 3)
+        assert NAMES[Modpo(NAMES, 0.1).trained] == "helpful"
+        assert NAMES[Modpo(NAMES, 0.1, weights={"harmless": 1, "concise": 2}).trained] == "concise"
+        assert NAMES[Modpo(NAMES, 0.1, pairs="harmless").trained] == "harmless"
+        assert Modpo(NAMES, 0.1).shares == pytest.approx((1 / 3,) * 3)
         assert [NAMES[k] for k in Modpo(NAMES, 0.1, weights={"helpful": 1, "concise": 2}).others] == ["concise"]
 
     @pytest.mark.parametrize(

@@ -17,9 +17,11 @@ from scipy.stats import chi2
 from torch import Tensor
 
 from mopo_cli.algorithms.mopo.core import (
+    Lagrangian,
     LogpBatch,
-    Mopo,
+    MopoSettings,
     bc_loss,
+    extraction_loss,
     refresh_due,
     regression_loss,
     scheduled_thresholds,
@@ -338,6 +340,18 @@ def test_scheduled_thresholds_never_touch_a_fixed_one():
     torch.testing.assert_close(found, f64(0.63, 0.6, 0.18))
 
 
+def test_thresholds_out_of_reach_are_told_before_training():
+    objectives = [
+        Objective("helpful", "primary", "helpful"),
+        Objective("harmless", "secondary", "harmless", threshold=0.55),
+        Objective("concise", "secondary", "concise"),
+    ]
+    (text,) = unattainable(objectives, [0.95, 0.5], [0.8, 0.7])
+    assert text.startswith("objectives.harmless.threshold=0.95 looks out of reach")
+    assert "win 0.80 on average" in text
+    assert unattainable(objectives, [0.95, 0.5], []) == []
+
+
 def test_refresh_due():
     assert [s for s in range(6) if refresh_due(s, 1)] == [1, 2, 3, 4, 5]
     assert [s for s in range(10) if refresh_due(s, 3.0)] == [3, 6, 9]
@@ -536,9 +550,11 @@ def test_the_sensitivity_is_the_derivative_of_the_win_rates():
 # --------------------------------------------------------------------------------------------- the method
 
 
-def method(thresholds: tuple[float | None, ...] = (None,), **changes: Any) -> Mopo:
+def method(thresholds: tuple[float | None, ...] = (None,), **changes: Any) -> Lagrangian:
     names = ("helpful", "harmless", "concise")[: len(thresholds) + 1]
-    return Mopo(names, thresholds, **{"tau": 0.1, "beta": 0.9, "epsilon": 0.0, "t0": INF, **changes})
+    return Lagrangian(
+        MopoSettings(names, thresholds, **{"tau": 0.1, "beta": 0.9, "epsilon": 0.0, "t0": INF, **changes})
+    )
 
 
 def logp_batch(win_rates: Tensor, seed: int = 0, from_data: Tensor | None = None, **changes: Any) -> LogpBatch:
@@ -572,6 +588,17 @@ def test_equal_objectives_with_a_multiplier_are_one_at_a_smaller_tau():
     torch.testing.assert_close(both.loss(logp_batch(rates)), alone.loss(logp_batch(rates)))
 
 
+def test_rows_of_a_batch_may_have_multipliers_of_their_own():
+    rates, points = draw(0, 4, 3, 3), [method((0.5, 0.5)), method((0.6, 0.6))]
+    for point, duals in zip(points, ([0.5, 0.1], [0.0, 2.0]), strict=True):
+        point.state.duals = duals
+    batch = logp_batch(rates)
+    rows = torch.stack([points[row % 2].duals for row in range(4)])
+    found = extraction_loss(points[0].settings, batch, rows)
+    alone = [points[row % 2].loss(batch)[row] for row in range(4)]
+    torch.testing.assert_close(found, torch.stack(alone))
+
+
 def test_bc_leaves_fresh_samples_out():
     rates = draw(0, 2, 4, 2)
     from_data = torch.tensor([[True, True, False, False]] * 2)
@@ -582,7 +609,7 @@ def test_bc_leaves_fresh_samples_out():
     assert part.mask.all()
 
 
-def population_minimiser(m: Mopo, p: Tensor, mu: Tensor) -> Tensor:
+def population_minimiser(m: Lagrangian, p: Tensor, mu: Tensor) -> Tensor:
     """(A,) log pi / pi_ref that minimises the loss over pairs drawn from mu x mu, every pair weighted by its chance."""
     a = len(mu)
     rows = list(itertools.product(range(a), repeat=2))
@@ -631,7 +658,7 @@ def test_a_missed_constraint_raises_its_multiplier(changes, sensitivity):
     assert m.state.duals[0] > 0.3
     for _ in range(200):
         m.observe(estimate(0.9, sensitivity))
-    assert m.state.duals[0] == pytest.approx(m.sigma / 0.3 if changes else 0.0, abs=5e-3)
+    assert m.state.duals[0] == pytest.approx(m.settings.sigma / 0.3 if changes else 0.0, abs=5e-3)
 
 
 def test_recording_moves_nothing():
@@ -683,15 +710,3 @@ def test_settings_outside_what_is_allowed(change, told):
     with pytest.raises(UserError) as caught:
         method(**change)
     assert told in str(caught.value)
-
-
-def test_thresholds_out_of_reach_are_told_before_training():
-    objectives = [
-        Objective("helpful", "primary", "helpful"),
-        Objective("harmless", "secondary", "harmless", threshold=0.55),
-        Objective("concise", "secondary", "concise"),
-    ]
-    (text,) = unattainable(objectives, [0.95, 0.5], [0.8, 0.7])
-    assert text.startswith("objectives.harmless.threshold=0.95 looks out of reach")
-    assert "win 0.80 on average" in text
-    assert unattainable(objectives, [0.95, 0.5], []) == []

@@ -117,8 +117,8 @@ def ours(folder: Path, method: Dpo) -> tuple[float, dict[str, Tensor]]:
     tokens = [encoder.row(example.prompt, example.responses) for example in examples]
     collate, rows = collator_of(model, encoder), range(len(tokens))
     before = all_logps(reference, tokens, collate)
-    table = pair_table(examples, tokens, rows, method.weights, method.weights, before)
-    loss = method.loss(table.of(rows, sequence_logps(model, collate(tokens)))).mean()
+    table = pair_table(examples, tokens, rows, method.shares, method.shares, before)
+    loss = method.losses(table.of(rows, sequence_logps(model, collate(tokens)))).mean()
     loss.backward()
     return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 

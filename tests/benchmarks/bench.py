@@ -95,16 +95,16 @@ def dual_update() -> float:
     """Median seconds of one correction of three multipliers, from an estimate on samples."""
     import torch
 
-    from mopo_cli.algorithms.mopo.core import Mopo
+    from mopo_cli.algorithms.mopo.core import Lagrangian, MopoSettings
     from mopo_cli.maths.estimates import sampled_estimate
 
     names = ("helpful", "harmless", "concise", "faithful")
-    method = Mopo(names, (0.5, 0.5, 0.5), 0.08, 1.0, "auto", float("inf"))
+    point = Lagrangian(MopoSettings(names, (0.5, 0.5, 0.5), 0.08, 1.0, "auto", float("inf")))
     estimate = sampled_estimate(torch.rand(1000, 2, 4), 0.08, "auto", 0.2)
     times = []
     for _ in range(50):
         started = time.perf_counter()
-        method.observe(estimate)
+        point.observe(estimate)
         times.append(time.perf_counter() - started)
     return median(times)
 

@@ -228,7 +228,7 @@ def measure(spec: dict[str, Any]) -> dict[str, float]:
     """Pairs and tokens a second, share of the matrix-product rate, and peak memory, of one method on one input."""
     from accelerate import Accelerator
 
-    from mopo_cli.algorithms.mopo.core import LogpBatch, Mopo
+    from mopo_cli.algorithms.mopo.core import Lagrangian, LogpBatch, MopoSettings
     from mopo_cli.config.schema import OptimiserConfig
     from mopo_cli.data.batches import Collator, batch_rows
     from mopo_cli.data.table import row_length
@@ -264,7 +264,10 @@ def measure(spec: dict[str, Any]) -> dict[str, float]:
         values = policy.logps_under(reference, [rows[i] for i in used])
         cached = dict(zip(used, values, strict=True))
         reference = {}  # no more needed
-    methods = {k: Mopo(tuple(map(str, range(k))), (0.5,) * (k - 1), 0.08, 1.0, "auto", float("inf")) for k in turns}
+    methods = {
+        k: Lagrangian(MopoSettings(tuple(map(str, range(k))), (0.5,) * (k - 1), 0.08, 1.0, "auto", float("inf")))
+        for k in turns
+    }
     now = turns[0]
 
     def loss_of(numbers: list[int]) -> torch.Tensor:

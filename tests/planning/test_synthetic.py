@@ -13,7 +13,15 @@ from running import mopo, read_json
 from mopo_cli.config import compose
 from mopo_cli.config.schema import RecipeConfig, SyntheticConfig
 from mopo_cli.planning.structures import Structure, read_structure
-from mopo_cli.planning.tabular import Problem, Recipe, Record, exact_evidence, pose, run_problem, sampled_evidence
+from mopo_cli.planning.tabular import (
+    Problem,
+    Recipe,
+    StructureResult,
+    exact_evidence,
+    pose,
+    run_problem,
+    sampled_evidence,
+)
 
 DEFAULT = Recipe("exact", "regression", "lagrangian", "onpolicy")
 SMALL = (
@@ -31,7 +39,7 @@ def problem(settings: SyntheticConfig, name: str, objectives: int) -> Problem:
     return pose(read_structure(name, settings.structures[name]).first(objectives), settings.tau, None)
 
 
-def run(settings: SyntheticConfig, name: str, objectives: int, **parts: str) -> Record:
+def run(settings: SyntheticConfig, name: str, objectives: int, **parts: str) -> StructureResult:
     recipe = replace(DEFAULT, **parts)
     only = RecipeConfig(recipe.extraction, recipe.multipliers, recipe.estimator)
     (found,) = run_problem(

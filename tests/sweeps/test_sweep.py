@@ -177,7 +177,7 @@ class TestListOfGrids:
     def test_records_show_the_keys_of_others_as_their_configs_have_them(self, tmp_path: Path):
         records = [Record("d", {"algorithm": "dpo", "algorithm.weights": "{a:1}"}), Record("m", {"seed": "0"})]
         (tmp_path / "runs" / "m").mkdir(parents=True)
-        config = {"algorithm": {"_target_": "mopo_cli.algorithms.mopo.core.Mopo", "sigma": 0.1}, "seed": 0}
+        config = {"algorithm": {"_target_": "mopo_cli.algorithms.mopo.Mopo", "sigma": 0.1}, "seed": 0}
         OmegaConf.save(OmegaConf.create(config), tmp_path / "runs" / "m" / "config.yaml")
         first, second = with_every_key(records, tmp_path)
         assert first.overrides == {"algorithm": "dpo", "algorithm.weights": "{a:1}", "seed": ""}

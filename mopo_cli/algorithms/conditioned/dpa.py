@@ -15,30 +15,16 @@ K is any. Readings taken where the paper leaves something open:
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from mopo_cli.algorithms.conditioned.lessons import (
-    Lesson,
-    Lessons,
-    Round,
-    check_scored,
-    check_settings,
-    data_values,
-    fit_rounds,
-    fit_scales,
-    listed,
-    policy_settings,
-    split_steps,
-    standardised,
-)
-from mopo_cli.algorithms.contract import Aligned, aim_of, finished
-from mopo_cli.algorithms.rollouts import Sampler, unusable
+from mopo_cli.algorithms.conditioned.lessons import Lesson, Lessons, ScoredData, listed, standardised
+from mopo_cli.algorithms.conditioned.rounds import Count, ItemLessons, Round, Share, TaughtInRounds, WholeNumber
+from mopo_cli.algorithms.rollouts import Samples
 from mopo_cli.data.directions import Directions, spelled
-from mopo_cli.training.checkpoints import Setting, Work
-from mopo_cli.training.stage import kept_policy, mix
+from mopo_cli.training.stage import mix
 
 ZERO = 0.2  # probability that an objective is not asked for at all
 
@@ -61,80 +47,55 @@ def best(rewards: np.ndarray, direction: np.ndarray, usable: np.ndarray | None =
     return chosen if np.isfinite(scores[chosen]) else None
 
 
-class Dpa:
-    """The settings of algorithm=dpa. `direction` says where this run is evaluated, and changes nothing in training."""
+@dataclass(frozen=True)
+class Dpa(TaughtInRounds):
+    """The settings of algorithm=dpa."""
 
-    def __init__(
-        self,
-        names: tuple[str, ...],
-        unscored: tuple[str, ...] = (),
-        direction: dict[str, float] | None = None,
-        rounds: int = 3,
-        first_share: float = 0.4,
-        prompts: int = 500,
-        directions: int = 2,
-        responses: int = 8,
-    ):
-        check_scored(unscored, "dpa")
-        check_settings(first_share, rounds=(rounds, 0), prompts=(prompts, 1), directions=(directions, 1),
-                       responses=(responses, 1))  # fmt: skip
-        self.names, self.rounds, self.first_share = names, rounds, first_share
-        self.prompts, self.directions, self.responses = prompts, directions, responses
-        size = len(names)
-        self.told = Directions(names, (0.0,) * size, (100.0,) * size, "l2", 0)
-        self.condition = self.told.condition(direction, "algorithm.direction")
-        self.longest_condition = self.spell(np.ones(size))
+    rounds: WholeNumber = 3
+    first_share: Share = 0.4
+    prompts: Count = 500
+    responses: Count = 8
+    directions: Count = 2  # of each prompt
 
-    def spell(self, direction: np.ndarray) -> str:
-        return spelled(self.names, (100.0 * direction).tolist(), 0)
+    name = "dpa"
 
-    def align(self, setting: Setting) -> Aligned:
-        work = Work()
-        own = [self.rounds, self.first_share, self.prompts, self.directions, self.responses]
-        found = kept_policy(setting, "dpa", [policy_settings(setting), own], work, lambda: self.fit(setting, work))
-        return Aligned(
-            finished(work),
-            aim=aim_of(setting, alike=True),
-            condition=self.condition,
-            directions=self.told,
-            off_support=found["off_support"],
-        )
+    @property
+    def longest_condition(self) -> str:
+        return self.spell(np.ones(len(self.names)))
 
-    def fit(self, setting: Setting, work: Work) -> dict[str, Any]:
-        values = data_values(setting)
-        scales = fit_scales(values)
-        rewards = [standardised(v, scales) for v in values]
-        seed, rows, size = setting.config.seed, setting.inputs.tokens["train"], len(self.names)
-        sampler = Sampler(setting, work) if self.rounds else None
+    def spell(self, wish: np.ndarray) -> str:
+        return spelled(self.names, (100.0 * wish).tolist(), 0)
 
-        def of_data(i: int) -> list[Lesson]:
-            """The best of a row's own responses for each of some directions."""
-            chosen = [(v, best(rewards[i], v)) for v in drawn_directions(self.directions, size, mix(seed, 6, i))]
-            return [Lesson(i, self.spell(v), rows[i].responses[g]) for v, g in chosen if g is not None]
+    def outer(self, data: ScoredData) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return (0.0,) * len(self.names), (100.0,) * len(self.names)
 
-        def draw(t: int) -> Round:
-            assert sampler is not None
-            numbers = np.random.default_rng(mix(seed, 7, t)).permutation(len(rows))[: self.prompts].tolist()
-            vectors = drawn_directions(len(numbers) * self.directions, size, mix(seed, 8, t))
-            asked = [
-                (i, self.spell(v)) for i, v in zip(np.repeat(numbers, self.directions).tolist(), vectors, strict=True)
-            ]
-            samples = sampler(asked, self.responses, mix(seed, 9, t), f"samples (round {t} of {self.rounds})")
-            items: dict[int, list[Lesson]] = {}
-            gains: list[float] = []
-            for one, v in zip(samples, vectors, strict=True):
-                r = standardised(one.values, scales)
-                if (g := best(r, v, one.usable)) is not None:
-                    items.setdefault(one.row, []).append(Lesson(one.row, one.condition, one.responses[g]))
-                    gains.append(float(r[g] @ v - (r @ v).mean()))
-            off = unusable(samples)
-            told = {"samples": float(len(asked) * self.responses), "best above their mean": float(np.mean(gains)),
-                    "off the data's support": off}  # fmt: skip
-            return Round(list(items.values()), len(asked) * self.responses, off, told)
+    def directions_at(self, low: tuple[float, ...], high: tuple[float, ...]) -> Directions:
+        return Directions(self.names, low, high, "l2", 0)
 
-        parts = split_steps(setting.config.steps, self.first_share, self.rounds)
-        rounds = fit_rounds(
-            setting, "dpa", parts, Lessons(len(rows), of_data), draw, lambda drawn: listed(drawn[-1].items), work
-        )
-        off = rounds[-1].off_support if rounds else 0.0
-        return {"scales": {n: asdict(s) for n, s in zip(self.names, scales, strict=True)}, "off_support": off}
+    def first_lessons(self, data: ScoredData) -> Lessons:
+        """The best of a row's own responses for each of some directions."""
+
+        def of_row(i: int) -> list[Lesson]:
+            vectors = drawn_directions(self.directions, len(self.names), mix(data.seed, 6, i))
+            chosen = [(v, best(data.scores[i], v)) for v in vectors]
+            return [Lesson(i, self.spell(v), data.rows[i].responses[g]) for v, g in chosen if g is not None]
+
+        return Lessons(len(data.rows), of_row)
+
+    def wishes(self, data: ScoredData, prompts: int, seed: int) -> np.ndarray:
+        return drawn_directions(prompts * self.directions, len(self.names), seed)
+
+    def lessons(
+        self, data: ScoredData, samples: Sequence[Samples], wishes: np.ndarray
+    ) -> tuple[ItemLessons, dict[str, float]]:
+        items: ItemLessons = {}
+        gains: list[float] = []
+        for drawn, v in zip(samples, wishes, strict=True):
+            rewards = standardised(drawn.scores, data.scales)
+            if (g := best(rewards, v, drawn.usable.numpy())) is not None:
+                items.setdefault(drawn.row, []).append(Lesson(drawn.row, drawn.condition, drawn.responses[g]))
+                gains.append(float(rewards[g] @ v - (rewards @ v).mean()))
+        return items, {"best above their mean": float(np.mean(gains))}
+
+    def round_lessons(self, data: ScoredData, rounds: Sequence[Round]) -> Lessons:
+        return listed(rounds[-1].items)

@@ -18,33 +18,19 @@ something open or differ:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated
 
 import numpy as np
 
-from mopo_cli.algorithms.conditioned.lessons import (
-    Lesson,
-    Lessons,
-    Round,
-    check_scored,
-    check_settings,
-    data_values,
-    fit_rounds,
-    fit_scales,
-    listed,
-    policy_settings,
-    split_steps,
-    standardised,
-)
-from mopo_cli.algorithms.contract import Aligned, aim_of, finished
-from mopo_cli.algorithms.rollouts import Sampler, unusable
-from mopo_cli.base.errors import UserError
+from mopo_cli.algorithms.conditioned.lessons import Lesson, Lessons, ScoredData, listed, standardised
+from mopo_cli.algorithms.conditioned.rounds import Count, ItemLessons, Round, Share, TaughtInRounds, WholeNumber
+from mopo_cli.algorithms.contract import EVALUATED
+from mopo_cli.algorithms.rollouts import Samples
+from mopo_cli.config.checks import between, one_of
 from mopo_cli.data.directions import MAPS, Directions, spelled
-from mopo_cli.training.checkpoints import Setting, Work
-from mopo_cli.training.stage import kept_policy, mix
+from mopo_cli.training.stage import mix
 
-EXTREMES = ("data", "normal")
 OUTER = 0.01  # of the data's scores lie below the lowest target, and above the highest
 LARGEST = 9.9  # scores beyond are told as this
 TOGETHER = 2  # responses of a row that one item of a batch learns
@@ -75,111 +61,67 @@ def outstanding(scores: np.ndarray, quantile: float) -> np.ndarray:
     return np.any(scores >= np.quantile(scores, quantile, axis=0), axis=1)
 
 
-class Ric:
-    """The settings of algorithm=ric. `direction` and `map` say where this run is evaluated, and change nothing in
-    training."""
+@dataclass(frozen=True)
+class Ric(TaughtInRounds):
+    """The settings of algorithm=ric. `map`, like `direction`, says where this run is evaluated."""
 
-    def __init__(
-        self,
-        names: tuple[str, ...],
-        unscored: tuple[str, ...] = (),
-        direction: dict[str, float] | None = None,
-        map: str = "l2",
-        extremes: str = "data",
-        rounds: int = 2,
-        first_share: float = 0.6,
-        prompts: int = 2000,
-        responses: int = 1,
-        quantile: float = 0.7,
-        data_rows: int = 1000,
-    ):
-        check_scored(unscored, "ric")
-        check_settings(first_share, rounds=(rounds, 0), prompts=(prompts, 1), responses=(responses, 1),
-                       data_rows=(data_rows, 0))  # fmt: skip
-        if map not in MAPS:
-            raise UserError(f"algorithm.map={map}: must be {', '.join(MAPS[:-1])} or {MAPS[-1]}")
-        if extremes not in EXTREMES:
-            raise UserError(f"algorithm.extremes={extremes}: must be {' or '.join(EXTREMES)}")
-        if not 0 <= quantile < 1:
-            raise UserError(f"algorithm.quantile={quantile}: must be in [0, 1)")
-        self.names, self.map, self.extremes, self.rounds, self.first_share = names, map, extremes, rounds, first_share
-        self.prompts, self.responses, self.quantile, self.data_rows = prompts, responses, quantile, data_rows
-        self.direction = direction
-        zeros = (0.0,) * len(names)
-        Directions(names, zeros, zeros, map, 1).condition(direction, "algorithm.direction")  # told before anything else
-        self.longest_condition = self.spell(np.full(len(names), -LARGEST))
+    rounds: WholeNumber = 2
+    first_share: Share = 0.6
+    prompts: Count = 2000
+    responses: Count = 1
+    map: Annotated[str, one_of(*MAPS, be=f"{', '.join(MAPS[:-1])} or {MAPS[-1]}")] = field(
+        default="l2", metadata=EVALUATED
+    )
+    extremes: Annotated[str, one_of("data", "normal")] = "data"
+    quantile: Annotated[float, between(0, 1, "[")] = 0.7
+    data_rows: WholeNumber = 1000
 
-    def spell(self, scores: np.ndarray) -> str:
-        return spelled(self.names, scores.clip(-LARGEST, LARGEST).tolist(), 1)
+    name = "ric"
 
-    def align(self, setting: Setting) -> Aligned:
-        work = Work()
-        own = [
-            self.extremes,
-            self.rounds,
-            self.first_share,
-            self.prompts,
-            self.responses,
-            self.quantile,
-            self.data_rows,
-        ]
-        found = kept_policy(setting, "ric", [policy_settings(setting), own], work, lambda: self.fit(setting, work))
-        told = Directions(self.names, tuple(found["low"]), tuple(found["high"]), self.map, 1)
-        return Aligned(
-            finished(work),
-            aim=aim_of(setting, alike=True),
-            condition=told.condition(self.direction, "algorithm.direction"),
-            directions=told,
-            off_support=found["off_support"],
-        )
+    @property
+    def longest_condition(self) -> str:
+        return self.spell(np.full(len(self.names), -LARGEST))
 
-    def fit(self, setting: Setting, work: Work) -> dict[str, Any]:
-        values = data_values(setting)
-        scales = fit_scales(values)
-        scores = [standardised(v, scales) for v in values]
-        seed, rows = setting.config.seed, setting.inputs.tokens["train"]
-        low, high = outer_scores(np.concatenate(scores), self.extremes, mix(seed, 6))
-        sampler = Sampler(setting, work) if self.rounds else None
+    def spell(self, wish: np.ndarray) -> str:
+        return spelled(self.names, wish.clip(-LARGEST, LARGEST).tolist(), 1)
 
-        def of_data(i: int) -> list[Lesson]:
-            """Every response of a row behind the scores that it has."""
-            return [Lesson(i, self.spell(s), r) for s, r in zip(scores[i], rows[i].responses, strict=True)]
+    def outer(self, data: ScoredData) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        low, high = outer_scores(np.concatenate(data.scores), self.extremes, mix(data.seed, 6))
+        return tuple(low.tolist()), tuple(high.tolist())
 
-        places = [(i, g) for i, s in enumerate(scores) for g in range(0, len(s), TOGETHER)]
-        offline = Lessons(len(places), lambda n: of_data(places[n][0])[places[n][1] :][:TOGETHER])
+    def directions_at(self, low: tuple[float, ...], high: tuple[float, ...]) -> Directions:
+        return Directions(self.names, low, high, self.map, 1)
 
-        def draw(t: int) -> Round:
-            assert sampler is not None
-            numbers = np.random.default_rng(mix(seed, 7, t)).permutation(len(rows))[: self.prompts].tolist()
-            targets = online_targets(len(numbers), low, high, mix(seed, 8, t))
-            asked = [(i, self.spell(target)) for i, target in zip(numbers, targets, strict=True)]
-            samples = sampler(asked, self.responses, mix(seed, 9, t), f"samples (round {t} of {self.rounds})")
-            flat = [(one.row, r) for one in samples for r, ok in zip(one.responses, one.usable, strict=True) if ok]
-            found = np.concatenate([standardised(one.values[one.usable], scales) for one in samples])
-            keep = outstanding(found, self.quantile)
-            kept: dict[int, list[Lesson]] = {}
-            for (i, response), score, good in zip(flat, found, keep, strict=True):
-                if good:
-                    kept.setdefault(i, []).append(Lesson(i, self.spell(score), response))
-            off, count = unusable(samples), len(asked) * self.responses
-            told = {"samples": float(count), "kept": float(keep.sum()), "off the data's support": off}
-            return Round(list(kept.values()), count, off, told)
+    def of_data(self, data: ScoredData, i: int) -> list[Lesson]:
+        """Every response of a row behind the scores that it has."""
+        responses = zip(data.scores[i], data.rows[i].responses, strict=True)
+        return [Lesson(i, self.spell(score), response) for score, response in responses]
 
-        def learnt(rounds: Sequence[Round]) -> Lessons:
-            """All samples so far, and some of the data's outstanding responses."""
-            return listed([*(item for one in rounds for item in one.items), *good])
+    def first_lessons(self, data: ScoredData) -> Lessons:
+        places = [(i, g) for i, s in enumerate(data.scores) for g in range(0, len(s), TOGETHER)]
+        return Lessons(len(places), lambda n: self.of_data(data, places[n][0])[places[n][1] :][:TOGETHER])
 
-        keep = np.split(outstanding(np.concatenate(scores), self.quantile), np.cumsum([len(s) for s in scores])[:-1])
-        order = np.random.default_rng(mix(seed, 10)).permutation([i for i, some in enumerate(keep) if some.any()])
-        good = [
-            [lesson for lesson, ok in zip(of_data(i), keep[i], strict=True) if ok]
-            for i in order[: self.data_rows].tolist()
-        ]
-        parts = split_steps(setting.config.steps, self.first_share, self.rounds)
-        rounds = fit_rounds(setting, "ric", parts, offline, draw, learnt, work)
-        return {
-            "scales": {name: asdict(scale) for name, scale in zip(self.names, scales, strict=True)},
-            "low": low.tolist(),
-            "high": high.tolist(),
-            "off_support": rounds[-1].off_support if rounds else 0.0,
-        }
+    def wishes(self, data: ScoredData, prompts: int, seed: int) -> np.ndarray:
+        low, high = self.outer(data)
+        return online_targets(prompts, np.array(low), np.array(high), seed)
+
+    def lessons(
+        self, data: ScoredData, samples: Sequence[Samples], wishes: np.ndarray
+    ) -> tuple[ItemLessons, dict[str, float]]:
+        responses = [(s.row, r) for s in samples for r, ok in zip(s.responses, s.usable.tolist(), strict=True) if ok]
+        scores = np.concatenate([standardised(s.scores[s.usable], data.scales) for s in samples])
+        good = outstanding(scores, self.quantile)
+        items: ItemLessons = {}
+        for (i, response), score, ok in zip(responses, scores, good, strict=True):
+            if ok:
+                items.setdefault(i, []).append(Lesson(i, self.spell(score), response))
+        return items, {"kept": float(good.sum())}
+
+    def round_lessons(self, data: ScoredData, rounds: Sequence[Round]) -> Lessons:
+        """All samples so far, and some of the data's outstanding responses."""
+        good = outstanding(np.concatenate(data.scores), self.quantile)
+        of_rows = np.split(good, np.cumsum([len(s) for s in data.scores])[:-1])
+        rows = [i for i, ok in enumerate(of_rows) if ok.any()]
+        order = np.random.default_rng(mix(data.seed, 10)).permutation(rows)[: self.data_rows].tolist()
+        items = [[lesson for lesson, ok in zip(self.of_data(data, i), of_rows[i], strict=True) if ok] for i in order]
+        return listed([*(item for drawn in rounds for item in drawn.items), *items])

@@ -13,19 +13,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mopo_cli.base.errors import UserError
 from mopo_cli.base.types import Objective
+from mopo_cli.config.checks import above, between, checked, one_of
 from mopo_cli.maths.bounds import dual_newton_step, dual_step
-from mopo_cli.maths.estimates import Estimate, against_all, importance_ratio, scalarise, weighted_estimate
-
-if TYPE_CHECKING:
-    from mopo_cli.algorithms.contract import Aligned
-    from mopo_cli.training.checkpoints import Setting
+from mopo_cli.maths.estimates import (
+    Estimate,
+    against_all,
+    importance_ratio,
+    sampled_estimate,
+    scalarise,
+    weighted_estimate,
+)
+from mopo_cli.maths.oracle import attainable, solve
 
 
 # --------------------------------------------------------------------------------------------- schedule
@@ -37,6 +42,18 @@ def scheduled_thresholds(thresholds: Tensor, achieved: Tensor, fixed: Tensor, be
 def refresh_due(step: int, t0: float) -> bool:
     """Whether pi_ref and b are renewed before this step: every t0 steps, not at the start, never for t0 = inf."""
     return math.isfinite(t0) and step > 0 and step % int(t0) == 0
+
+
+def unattainable(
+    objectives: Sequence[Objective], thresholds: Sequence[float], attainable: Sequence[float]
+) -> list[str]:
+    """Before training: thresholds above what the reference's own samples reach at best."""
+    return [
+        f"objectives.{o.name}.threshold={b:g} looks out of reach: the best of the reference's samples for each prompt "
+        f"win {best:.2f} on average"
+        for o, b, best in zip(objectives[1:], thresholds, attainable, strict=False)
+        if b > best
+    ]
 
 
 # --------------------------------------------------------------------------------------------- extraction
@@ -60,10 +77,36 @@ def regression_loss(policy_logps: Tensor, reference_logps: Tensor, scores: Tenso
     return 2.0 * (centred**2).sum(-1) / (n - 1).clamp(min=1)
 
 
-# --------------------------------------------------------------------------------------------- the method
+# --------------------------------------------------------------------------------------------- settings and state
+@dataclass(frozen=True)
+class MopoSettings:
+    """What the method may be told; conf/algorithm/mopo.yaml says what each does. UserError where one is wrong."""
+
+    names: tuple[str, ...]  # K objectives, the primary first
+    thresholds: tuple[float | None, ...]  # (J,) None: on the adaptive schedule
+    tau: float
+    beta: float
+    epsilon: float | str
+    t0: float
+    extraction: Annotated[str, one_of("regression", "bc")] = "regression"
+    multipliers: Annotated[str, one_of("lagrangian", "barrier")] = "lagrangian"
+    estimator: Annotated[str, one_of("onpolicy", "heldout", "offline")] = "onpolicy"
+    labels: Annotated[str, one_of("smoothed", "observed")] = "smoothed"
+    normalize: Annotated[str, one_of("prompt", "batch", "none")] = "prompt"
+    dual_init: Annotated[str, one_of("offline", "zero")] = "offline"
+    dual_rate: Annotated[float, above(0)] = 0.5
+    sigma: Annotated[float, above(0)] = 0.01
+    delta: Annotated[float, between(0, 1)] = 0.1
+    max_dual: float = 20.0
+    fresh_responses: bool = True
+
+    def __post_init__(self) -> None:
+        checked(self, "algorithm.")
+
+
 @dataclass(frozen=True, slots=True)
 class LogpBatch:
-    """What a method's loss may see of a batch."""
+    """What the loss may see of a batch."""
 
     policy_logps: Tensor  # (B, G) with gradient
     reference_logps: Tensor  # (B, G) the lagged reference
@@ -71,6 +114,17 @@ class LogpBatch:
     win_rates: Tensor  # (B, G, K) p_bar of each response: from labels or from the preference model
     mask: Tensor  # (B, G) False where a row has fewer responses
     from_data: Tensor  # (B, G) False on fresh samples of the policy
+
+
+def extraction_loss(settings: MopoSettings, batch: LogpBatch, duals: Tensor) -> Tensor:
+    """(B,) unreduced losses at multipliers (J,), or (B, J) where rows have their own."""
+    if settings.extraction == "bc":
+        rho = importance_ratio(
+            scalarise(batch.win_rates, duals), settings.tau, batch.mask & batch.from_data, settings.normalize
+        )
+        return bc_loss(batch.policy_logps, rho, batch.mask & batch.from_data)
+    scores = scalarise(against_all(batch.win_rates, batch.mask, batch.from_data), duals)
+    return regression_loss(batch.policy_logps, batch.reference_logps, scores, batch.mask, settings.tau)
 
 
 @dataclass(slots=True)
@@ -88,63 +142,18 @@ class State:
     win_rates: list[float] | None = None
 
 
-class Mopo:
-    """The method's settings and state. `loss` is called each step, `observe` whenever R_j is measured."""
+class Lagrangian:
+    """(P)'s Lagrangian at one set of thresholds: the multipliers that hold them, and the loss at these.
 
-    longest_condition = ""
+    `loss` is called each step, `observe` whenever R_k is measured.
+    """
 
-    def __init__(
-        self,
-        names: tuple[str, ...],
-        thresholds: tuple[float | None, ...],  # (J,) None: on the adaptive schedule
-        tau: float,
-        beta: float,
-        epsilon: float | str,
-        t0: float,
-        extraction: str = "regression",
-        multipliers: str = "lagrangian",
-        estimator: str = "onpolicy",
-        labels: str = "smoothed",
-        normalize: str = "prompt",
-        dual_init: str = "offline",
-        dual_rate: float = 0.5,
-        sigma: float = 0.01,
-        delta: float = 0.1,
-        max_dual: float = 20.0,
-        fresh_responses: bool = True,
-    ):
-        self.names, self.tau, self.beta, self.epsilon, self.t0 = names, tau, beta, epsilon, t0
-        self.extraction, self.multipliers, self.estimator, self.labels = extraction, multipliers, estimator, labels
-        self.normalize, self.dual_init, self.dual_rate, self.sigma, self.delta = (
-            normalize,
-            dual_init,
-            dual_rate,
-            sigma,
-            delta,
-        )
-        self.max_dual, self.fresh_responses = max_dual, fresh_responses
-        self._check()
-        size = len(names) - 1
-        self.fixed = torch.tensor([t is not None for t in thresholds], dtype=torch.bool)
-        self.state = State([0.0] * size, [beta * 0.5 if t is None else float(t) for t in thresholds], [math.inf] * size)
-
-    def _check(self) -> None:
-        allowed = {
-            "extraction": ("regression", "bc"),
-            "multipliers": ("lagrangian", "barrier"),
-            "estimator": ("onpolicy", "heldout", "offline"),
-            "labels": ("smoothed", "observed"),
-            "normalize": ("prompt", "batch", "none"),
-            "dual_init": ("offline", "zero"),
-        }
-        for key, options in allowed.items():
-            if getattr(self, key) not in options:
-                raise UserError(f"algorithm.{key}={getattr(self, key)}: must be {' or '.join(options)}")
-        for key in ("dual_rate", "sigma"):
-            if not getattr(self, key) > 0:
-                raise UserError(f"algorithm.{key}={getattr(self, key)}: must be above 0")
-        if not 0 < self.delta < 1:
-            raise UserError(f"algorithm.delta={self.delta}: must be in (0, 1)")
+    def __init__(self, settings: MopoSettings):
+        self.settings = settings
+        size = len(settings.names) - 1
+        self.fixed = torch.tensor([b is not None for b in settings.thresholds], dtype=torch.bool)
+        start = [settings.beta * 0.5 if b is None else float(b) for b in settings.thresholds]
+        self.state = State([0.0] * size, start, [math.inf] * size)
 
     @property
     def duals(self) -> Tensor:
@@ -154,55 +163,65 @@ class Mopo:
     def thresholds(self) -> Tensor:
         return torch.tensor(self.state.thresholds, dtype=torch.float64)
 
-    def align(self, setting: Setting) -> Aligned:
-        """Train setting.inputs.policy (alignment.py)."""
-        from mopo_cli.algorithms.mopo.alignment import align
-
-        return align(setting, self)
-
     def loss(self, batch: LogpBatch) -> Tensor:
         """(B,) unreduced losses."""
-        if self.extraction == "bc":
-            scores = scalarise(batch.win_rates, self.duals)
-            rho = importance_ratio(scores, self.tau, batch.mask & batch.from_data, self.normalize)
-            return bc_loss(batch.policy_logps, rho, batch.mask & batch.from_data)
-        scores = scalarise(against_all(batch.win_rates, batch.mask, batch.from_data), self.duals)
-        return regression_loss(batch.policy_logps, batch.reference_logps, scores, batch.mask, self.tau)
+        return extraction_loss(self.settings, batch, self.duals)
 
     def ratios(self, batch: LogpBatch) -> Tensor:
         """(B, G) rho of the offline and held-out estimates: the optimal ratio for bc (the paper's), else pi / mu."""
-        if self.extraction == "bc":
-            return importance_ratio(scalarise(batch.win_rates, self.duals), self.tau, batch.mask, self.normalize)
+        if self.settings.extraction == "bc":
+            scores = scalarise(batch.win_rates, self.duals)
+            return importance_ratio(scores, self.settings.tau, batch.mask, self.settings.normalize)
         return (batch.policy_logps.detach() - batch.behaviour_logps).double().clamp(-30, 30).exp()
 
     def estimate(self, batch: LogpBatch) -> Estimate:
         """R_k from a batch of the data's responses (offline: training pairs; held-out: pairs kept out of training)."""
-        use = batch.mask & batch.from_data
-        printed = self.extraction == "bc" and self.normalize == "none"
-        return weighted_estimate(batch.win_rates[use], self.ratios(batch)[use], self.epsilon, self.delta, not printed)
+        settings, use = self.settings, batch.mask & batch.from_data
+        printed = settings.extraction == "bc" and settings.normalize == "none"
+        ratios = self.ratios(batch)[use]
+        return weighted_estimate(batch.win_rates[use], ratios, settings.epsilon, settings.delta, not printed)
+
+    def sampled(self, win_rates: Tensor, on_support: Tensor | None = None) -> Estimate:
+        """R_k from win rates (N, M, K) of M samples of the policy for each of N prompts; those off the data's support
+        (N, M) are left out."""
+        return sampled_estimate(win_rates, self.settings.tau, self.settings.epsilon, self.settings.delta, on_support)
+
+    def start(self, win_rates: np.ndarray, log_reference: np.ndarray, margin: float) -> np.ndarray:
+        """Multipliers from the offline dual: those of (P)'s solution where win_rates (N, A, K) of the reference's
+        responses and log pi_ref (N, A) are all there is. Returns the thresholds that it was solved for, (J,).
+
+        A threshold above what is attainable, or less than `margin` below, counts as that: its multiplier would have no
+        bound.
+        """
+        most = attainable(win_rates, log_reference)[1:]
+        within_reach = np.minimum(self.thresholds.numpy(), most - margin)
+        duals = solve(win_rates, log_reference, self.settings.tau, within_reach).duals
+        self.state.duals = np.clip(duals, 0.0, self.settings.max_dual).tolist()
+        return within_reach
 
     def observe(self, estimate: Estimate, record_only: bool = False) -> None:
         """Move the multipliers by what was measured. `record_only` keeps them and notes the numbers."""
-        s = self.state
+        s, settings = self.state, self.settings
         s.win_rates, s.lower = estimate.win_rates.tolist(), estimate.lower.tolist()
         s.chi, s.epsilon, s.n_eff = estimate.chi.tolist(), estimate.epsilon, estimate.n_eff
         if record_only or not s.duals:
             return
-        sigma = self.sigma if self.multipliers == "barrier" else 0.0
+        sigma = settings.sigma if settings.multipliers == "barrier" else 0.0
         if estimate.sensitivity is not None:
             gain = self._gain(estimate)
             duals = dual_newton_step(self.duals, estimate.lower, self.thresholds, estimate.sensitivity, gain, sigma)
         else:
-            duals = dual_step(self.duals, estimate.lower, self.thresholds, self.dual_rate, sigma)
-        s.duals = duals.clamp(max=self.max_dual).tolist()
+            duals = dual_step(self.duals, estimate.lower, self.thresholds, settings.dual_rate, sigma)
+        s.duals = duals.clamp(max=settings.max_dual).tolist()
         s.corrections += 1
-        stuck = (duals >= self.max_dual) & (estimate.lower < self.thresholds)
+        stuck = (duals >= settings.max_dual) & (estimate.lower < self.thresholds)
         s.stuck = s.stuck + 1 if bool(stuck.any()) else 0
 
     def _gain(self, estimate: Estimate) -> float:
         """Robbins-Monro: later corrections average the noise, unless a constraint is missed by far."""
         missed = bool((self.thresholds - estimate.lower > 0.05).any())
-        return self.dual_rate if missed else self.dual_rate / (1.0 + self.state.corrections / 4.0)
+        rate = self.settings.dual_rate
+        return rate if missed else rate / (1.0 + self.state.corrections / 4.0)
 
     @property
     def infeasible(self) -> tuple[str, ...]:
@@ -210,28 +229,27 @@ class Mopo:
         s = self.state
         if s.stuck < 3 or s.lower is None:
             return ()
-        rows = zip(self.names[1:], s.duals, s.lower, s.thresholds, strict=True)
-        return tuple(name for name, dual, lower, b in rows if dual >= self.max_dual and lower < b)
+        rows = zip(self.settings.names[1:], s.duals, s.lower, s.thresholds, strict=True)
+        return tuple(name for name, dual, lower, b in rows if dual >= self.settings.max_dual and lower < b)
 
     def renew(self, achieved: Tensor) -> None:
         """The schedule's part of a refresh: b_j <- beta G_j for objectives without a threshold of their own."""
-        self.state.thresholds = scheduled_thresholds(self.thresholds, achieved, self.fixed, self.beta).tolist()
-        self.state.corrections = 0
+        renewed = scheduled_thresholds(self.thresholds, achieved, self.fixed, self.settings.beta)
+        self.state.thresholds, self.state.corrections = renewed.tolist(), 0
+
+    def numbers(self) -> dict[str, float]:
+        """What is worth a line in the log, by name."""
+        s, names = self.state, self.settings.names
+        line = {"epsilon": s.epsilon, "n_eff": s.n_eff}
+        line |= {f"win_rate/{name}": rate for name, rate in zip(names, s.win_rates or [], strict=False)}
+        for j, name in enumerate(names[1:]):
+            line |= {f"dual/{name}": s.duals[j], f"threshold/{name}": s.thresholds[j], f"chi/{name}": s.chi[j]}
+            if s.lower is not None:
+                line[f"lower/{name}"] = s.lower[j]
+        return line
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self.state)
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
         self.state = State(**values)
-
-
-def unattainable(
-    objectives: Sequence[Objective], thresholds: Sequence[float], attainable: Sequence[float]
-) -> list[str]:
-    """Before training: thresholds above what the reference's own samples reach at best."""
-    return [
-        f"objectives.{o.name}.threshold={b:g} looks out of reach: the best of the reference's samples for each prompt "
-        f"win {best:.2f} on average"
-        for o, b, best in zip(objectives[1:], thresholds, attainable, strict=False)
-        if b > best
-    ]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mopo_cli.algorithms.contract import Aligned, aim_of, finished
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.types import Example
 from mopo_cli.data.table import TokenRow, row_length, spans
@@ -90,7 +91,7 @@ def visited_rows(setting: Setting, rows: Sequence[int], steps: int, batch: int |
 
 
 @dataclass(frozen=True, slots=True)
-class PairTable:
+class LabelledPairs:
     """The labelled pairs of N rows in flat arrays, from which a step takes its own without a loop over pairs.
 
     Responses are numbered through all rows: row n of the table has those from first[n], and the pairs begin[n] to
@@ -151,13 +152,13 @@ def pair_table(
     reference: Sequence[Tensor] | None = None,
     rewards: Mapping[int, Tensor] | None = None,
     device: torch.device | str = "cpu",
-) -> PairTable:
+) -> LabelledPairs:
     """The table of some rows' pairs that have a label of an objective with weight."""
     used = used_objectives(weights)
     chosen = [(examples[i], judged(examples[i], used)) for i in rows]
     counts = np.array([len(example.responses) for example, _ in chosen])
     lengths = torch.tensor([float(len(response)) for i in rows for response in tokens[i].responses])
-    return PairTable(
+    return LabelledPairs(
         {row: n for n, row in enumerate(rows)},
         np.cumsum(counts) - counts,
         counts,
@@ -187,51 +188,50 @@ def label_weights(examples: Sequence[Example], weights: Sequence[float]) -> list
     return [weight * pairs / count if count else 0.0 for weight, count in zip(weights, counts, strict=True)]
 
 
-def fit_pairs(
-    setting: Setting,
-    loss: Callable[[PairLogps], Tensor],
-    weights: Sequence[float],
-    work: Work,
-    *,
-    title: str,
-    steps: int | None = None,
-    rewards: Mapping[int, Tensor] | None = None,
-    with_reference: bool = True,
-    count: Callable[[PairLogps], Tensor] | None = None,
-    beside: Beside | None = None,
-    first: int = 0,
-) -> None:
-    """Train setting.inputs.policy on the training pairs that have a label of an objective with weight above 0.
+@dataclass(frozen=True, slots=True)
+class PairFit:
+    """A training on labelled pairs: what `fit_pairs` does."""
 
-    loss: unreduced (P,); an update descends on its sum over the pairs of config.batch_size prompts, divided by their
-    number, or by the sum of `count` (P,), which sees everything but the policy. rewards: (G, K) of the responses of
-    each of the `visited_rows`. Rows of `beside` take the places of some of the prompts. The policy as it is
-    when this begins is the reference. The run's steps go on from `first`. Raises UserError where an objective with
+    title: str
+    loss: Callable[[PairLogps], Tensor]  # unreduced (P,)
+    weights: Sequence[float]  # (K,) pairs are taken that have a label of an objective with weight above 0
+    with_reference: bool = True  # the policy as it is when this begins
+    rewards: Mapping[int, Tensor] | None = None  # (G, K) of the responses of each of the `visited_rows`
+    count: Callable[[PairLogps], Tensor] | None = None  # (P,) what a pair weighs, without a look at the policy; None: 1
+    beside: Beside | None = None  # its rows take the places of some of a step's prompts
+    first: int = 0  # where the run's count of steps goes on from
+
+
+def fit_pairs(setting: Setting, fit: PairFit, work: Work) -> None:
+    """Train setting.inputs.policy for config.steps updates, each on all pairs of config.batch_size prompts.
+
+    An update descends on the sum of the losses, divided by that of `count`. Raises UserError where an objective with
     weight has no label.
     """
     config, inputs, device = setting.config, setting.inputs, setting.accelerator.device
-    examples, tokens = inputs.examples["train"], inputs.tokens["train"]
-    steps = config.steps if steps is None else steps
-    rows = labelled_rows(setting, weights)
-    size = rows_a_step(setting) - (beside.places if beside else 0)
-    taken, visited = step_rows(setting, len(rows), size), visited_rows(setting, rows, steps, size)
-    reference = None
-    if with_reference:
-        policy, own = inputs.policy, [tokens[i] for i in visited]
-        reference = kept_logps(setting.accelerator, config.cache, policy, own)
-    shares = label_weights([examples[i] for i in rows], weights)
-    table = pair_table(examples, tokens, visited, weights, shares, reference, rewards, device)
-    counts = None if count is None else table.sums(count(table.of(visited, torch.zeros_like(table.lengths))))
+    tokens = inputs.tokens["train"]
+    rows = labelled_rows(setting, fit.weights)
+    size = rows_a_step(setting) - (fit.beside.places if fit.beside else 0)
+    taken = step_rows(setting, len(rows), size)
+    table = _table_of_steps(setting, fit, rows, size)
+    counts = (
+        None
+        if fit.count is None
+        else table.sums(fit.count(table.of(list(table.place), torch.zeros_like(table.lengths))))
+    )
     last: list[PairLogps] = []
 
     def loss_of(numbers: list[int]) -> Tensor:
         batch = inputs.policy.collate([tokens[i] for i in numbers]).to(device)
         pairs = table.of(numbers, sequence_logps(inputs.policy.model, batch))
         last[:] = [replace(pairs, policy=pairs.policy.detach())]
-        return loss(pairs).sum()
+        return fit.loss(pairs).sum()
 
     def weight_of(numbers: list[int]) -> float:
         return table.pairs_of(numbers) if counts is None else float(sum(counts[table.place[i]] for i in numbers))
+
+    def notes() -> dict[str, Tensor]:
+        return (batch_notes(last[0]) if last else {}) | (fit.beside.notes() if fit.beside else {})
 
     task = Task(
         rows_of=lambda step: [rows[n] for n in taken(step)],
@@ -239,15 +239,32 @@ def fit_pairs(
         weight_of=weight_of,
         length_of=lambda i: row_length(tokens[i]),
     )
-    whole = joined(task, beside.task, len(tokens)) if beside else task
+    pairs_of = table.pairs_of
+    if fit.beside:
+        task = joined(task, fit.beside.task, len(tokens))
+        pairs_of = lambda numbers: int(task.weight_of(numbers))  # noqa: E731
+    descend(setting, task, work, title=fit.title, steps=config.steps, pairs_of=pairs_of, notes=notes, first=fit.first)
 
-    def pairs_of(numbers: list[int]) -> int:
-        return int(whole.weight_of(numbers)) if beside else table.pairs_of(numbers)
 
-    def notes() -> dict[str, Tensor]:
-        return (batch_notes(last[0]) if last else {}) | (beside.notes() if beside else {})
+def _table_of_steps(setting: Setting, fit: PairFit, rows: Sequence[int], size: int) -> LabelledPairs:
+    """The pairs of all steps, with the reference's log-probs, where they are asked for."""
+    inputs, config = setting.inputs, setting.config
+    examples, tokens = inputs.examples["train"], inputs.tokens["train"]
+    visited, reference = visited_rows(setting, rows, config.steps, size), None
+    if fit.with_reference:
+        seen = [tokens[i] for i in visited]
+        reference = kept_logps(setting.accelerator, config.cache, inputs.policy, seen)
+    shares = label_weights([examples[i] for i in rows], fit.weights)
+    return pair_table(
+        examples, tokens, visited, fit.weights, shares, reference, fit.rewards, setting.accelerator.device
+    )
 
-    descend(setting, whole, work, title=title, steps=steps, pairs_of=pairs_of, notes=notes, first=first)
+
+def aligned_on_pairs(setting: Setting, fit: PairFit, work: Work | None = None, alike: bool = False) -> Aligned:
+    """What an algorithm leaves that is one training on labelled pairs; alike: see `aim_of`."""
+    work = work or Work()
+    fit_pairs(setting, fit, work)
+    return Aligned(finished(work), aim=aim_of(setting, alike))
 
 
 def batch_notes(pairs: PairLogps) -> dict[str, Tensor]:

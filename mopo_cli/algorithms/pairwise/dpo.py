@@ -12,16 +12,24 @@ difference of means over tokens, as TRL has it. Values of tau do not carry over 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from mopo_cli.algorithms.contract import Aligned, aim_of, finished
-from mopo_cli.algorithms.pairwise.batches import PairLogps, fit_pairs, weighted_labels
+from mopo_cli.algorithms.contract import Aligned, trained_on
+from mopo_cli.algorithms.pairwise.batches import (
+    Beside,
+    PairFit,
+    PairLogps,
+    aligned_on_pairs,
+    fit_pairs,
+    weighted_labels,
+)
 from mopo_cli.base.errors import UserError
-from mopo_cli.config.checks import normalised_weights
+from mopo_cli.config.checks import between, checked, normalised_weights, one_of
 from mopo_cli.training.checkpoints import Setting, Work
 from mopo_cli.training.stage import kept_policy
 
@@ -60,46 +68,46 @@ def pair_loss(h: Tensor, label: Tensor, tau: float, loss: str = "sigmoid", smoot
     raise UserError(f"algorithm.loss={loss}: must be {' or '.join(LOSSES)}")
 
 
+@dataclass(frozen=True)
 class Dpo:
     """The settings of algorithm=dpo and algorithm=ipo.
 
     With weights the loss is sum_k w_k L(D_k): each objective's own loss, a mean over the pairs that it has judged.
     """
 
+    names: tuple[str, ...]
+    tau: float
+    loss: Annotated[str, one_of(*LOSSES)] = "sigmoid"
+    weights: Mapping[str, float] | None = None
+    smoothing: Annotated[float, between(0, 0.5, "[", be="a number in [0, 0.5)")] = 0.0
+    length_normalised: bool = False
+
     longest_condition = ""
 
-    def __init__(
-        self,
-        names: tuple[str, ...],
-        tau: float,
-        loss: str = "sigmoid",
-        weights: Mapping[str, float] | None = None,
-        smoothing: float = 0.0,
-        length_normalised: bool = False,
-    ):
-        if loss not in LOSSES:
-            raise UserError(f"algorithm.loss={loss}: must be {' or '.join(LOSSES)}")
-        if isinstance(smoothing, bool) or not isinstance(smoothing, int | float) or not 0 <= smoothing < 0.5:
-            raise UserError(f"algorithm.smoothing={smoothing}: must be a number in [0, 0.5)")
-        if not isinstance(length_normalised, bool):
-            raise UserError(f"algorithm.length_normalised={length_normalised}: must be true or false")
-        self.weights = normalised_weights(names, weights)
-        self.tau, self.form, self.smoothing, self.length_normalised = tau, loss, smoothing, length_normalised
+    def __post_init__(self) -> None:
+        checked(self, "algorithm.")
+        _ = self.shares  # raises where they are wrong
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """(K,) the weights, which sum to one."""
+        return normalised_weights(self.names, self.weights)
 
     @property
     def title(self) -> str:
-        return "ipo" if self.form == "ipo" else "dpo"
+        return "ipo" if self.loss == "ipo" else "dpo"
 
-    def loss(self, pairs: PairLogps) -> Tensor:
+    def losses(self, pairs: PairLogps) -> Tensor:
         """(P,)"""
         h = log_ratio_difference(pairs.policy, pairs.reference, pairs.lengths, self.length_normalised)
-        asked = weighted_labels(pairs.labels, pairs.weights)
-        return asked.weight * pair_loss(h, asked.label, self.tau, self.form, self.smoothing)
+        labels = weighted_labels(pairs.labels, pairs.weights)
+        return labels.weight * pair_loss(h, labels.label, self.tau, self.loss, self.smoothing)
+
+    def pair_fit(self, title: str, first: int = 0, beside: Beside | None = None) -> PairFit:
+        return PairFit(f"alignment ({title})", self.losses, self.shares, beside=beside, first=first)
 
     def align(self, setting: Setting) -> Aligned:
-        work = Work()
-        fit_pairs(setting, self.loss, self.weights, work, title=f"alignment ({self.title})")
-        return Aligned(finished(work), aim=aim_of(setting, alike=False))
+        return aligned_on_pairs(setting, self.pair_fit(self.title))
 
     def expert(self, setting: Setting, name: str, work: Work, first: int) -> None:
         """Leaves in setting.inputs.policy what this makes of the reference; trained once for all runs that ask for it.
@@ -109,9 +117,7 @@ class Dpo:
         setting.inputs.policy.put(setting.initial)
 
         def fit() -> dict[str, Any]:
-            title = f"alignment ({self.title} on {name})"
-            fit_pairs(setting, self.loss, self.weights, work, title=title, first=first)
+            fit_pairs(setting, self.pair_fit(f"{self.title} on {name}", first), work)
             return {}
 
-        about = (self.weights, self.tau, self.form, self.smoothing, self.length_normalised)
-        kept_policy(setting, f"{self.title}-{name}", about, work, fit)
+        kept_policy(setting, f"{self.title}-{name}", [trained_on(self)], work, fit)

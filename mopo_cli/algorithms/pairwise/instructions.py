@@ -19,7 +19,7 @@ from mopo_cli.data.table import TokenRow, row_length
 
 Place = tuple[int, int]  # which of two conditions, and which response
 Over = tuple[Place, Place]  # the first is to be preferred to the second
-Comparison = tuple[Over, ...]  # the sum of their margins is to be positive
+Relation = tuple[Over, ...]  # the sum of their margins is to be positive
 WORD = re.compile(r"\w+(?:['’-]\w+)*")
 SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)")
 ENDS = ".!?"
@@ -192,13 +192,13 @@ def _one_about_each(kinds: Sequence[str]) -> list[str]:
     return list({KINDS[kind].about: kind for kind in reversed(kinds)}.values())[::-1]
 
 
-def intra_sample(followed: np.ndarray, size: int) -> list[Comparison]:
+def intra_sample(followed: np.ndarray, size: int) -> list[Relation]:
     """For each response, the condition to be preferred given it; (2, G) counts of `size` instructions.
 
     The one of which it meets all, where it does not of the other; else that of which it meets some, where it meets none
     of the other. A response that is alike under both gives nothing.
     """
-    found: list[Comparison] = []
+    found: list[Relation] = []
     for g, (one, two) in enumerate(followed.T.tolist()):
         if one != two and (max(one, two) == size or min(one, two) == 0):
             better = 0 if one > two else 1
@@ -206,14 +206,14 @@ def intra_sample(followed: np.ndarray, size: int) -> list[Comparison]:
     return found
 
 
-def inter_margins(followed: np.ndarray, pairs: Sequence[tuple[int, int]]) -> list[Comparison]:
+def inter_margins(followed: np.ndarray, pairs: Sequence[tuple[int, int]]) -> list[Relation]:
     """For each pair of responses (y, y'): the margin of y over y' is to be larger behind the condition that favours y
     more, by the instructions that each meets; a pair that both favour alike gives nothing.
 
     [r(x_1, y) - r(x_1, y')] - [r(x_2, y) - r(x_2, y')] is written as the sum of (x_1, y) over (x_1, y') and
     (x_2, y') over (x_2, y).
     """
-    found: list[Comparison] = []
+    found: list[Relation] = []
     for a, b in pairs:
         favour = followed[:, a] - followed[:, b]
         if favour[0] != favour[1]:
@@ -222,9 +222,9 @@ def inter_margins(followed: np.ndarray, pairs: Sequence[tuple[int, int]]) -> lis
     return found
 
 
-def inter_responses(followed: np.ndarray, pairs: Sequence[tuple[int, int]]) -> list[Comparison]:
+def inter_responses(followed: np.ndarray, pairs: Sequence[tuple[int, int]]) -> list[Relation]:
     """For each pair of responses, one behind each condition: the one that meets more of its instructions wins."""
-    found: list[Comparison] = []
+    found: list[Relation] = []
     for a, b in pairs:
         for first, second in (((0, a), (1, b)), ((0, b), (1, a))):
             if followed[first] != followed[second]:
@@ -238,8 +238,8 @@ class Told:
     """A row behind each of two conditions, and the comparisons within its responses and across them."""
 
     rows: tuple[TokenRow, TokenRow]
-    intra: list[Comparison]
-    inter: list[Comparison]
+    intra: list[Relation]
+    inter: list[Relation]
 
     @property
     def length(self) -> int:
@@ -256,7 +256,7 @@ class Telling:
 
     most: int  # instructions in front of a prompt
     kinds: tuple[str, ...]
-    inter: Callable[[np.ndarray, Sequence[tuple[int, int]]], list[Comparison]]
+    inter: Callable[[np.ndarray, Sequence[tuple[int, int]]], list[Relation]]
     seed: int
 
     def conditions(self, example: Example, number: int) -> Conditions | None:

@@ -25,21 +25,21 @@ satisfy them, is met by writing instructions without a look at labels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
+from torch import Tensor
 
-from mopo_cli.algorithms.contract import Aligned, aim_of, finished
-from mopo_cli.algorithms.pairwise.batches import Beside, fit_pairs, judged
+from mopo_cli.algorithms.contract import Aligned
+from mopo_cli.algorithms.pairwise.batches import Beside, aligned_on_pairs, judged, used_objectives
+from mopo_cli.algorithms.pairwise.comparisons import ToldTask, index_of, model_margins, policy_margins
 from mopo_cli.algorithms.pairwise.dpo import Dpo
 from mopo_cli.algorithms.pairwise.instructions import (
     KINDS,
-    Comparison,
     Instruction,
     Telling,
     Told,
@@ -51,10 +51,10 @@ from mopo_cli.base.console import say, stage, warn
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.files import read_json, whole, write_json
 from mopo_cli.base.types import Example
+from mopo_cli.config.checks import at_least, between, checked, one_of
 from mopo_cli.config.schema import PreferenceModelConfig, SamplingConfig
-from mopo_cli.data.batches import Collator, batch_rows
+from mopo_cli.data.batches import batch_rows
 from mopo_cli.data.encoder import content
-from mopo_cli.models.logprobs import gather_slots, response_logps
 from mopo_cli.models.policy import Policy
 from mopo_cli.models.preference import (
     PreferenceModel,
@@ -64,7 +64,7 @@ from mopo_cli.models.preference import (
 )
 from mopo_cli.training import keys
 from mopo_cli.training.cache import kept, kept_logps
-from mopo_cli.training.checkpoints import Setting, Work
+from mopo_cli.training.checkpoints import Setting
 from mopo_cli.training.loop import Task, joined
 from mopo_cli.training.preference import JUDGED, accuracy, heldout_logits, labelled_task, train_preference_model
 from mopo_cli.training.reference import limited_steps
@@ -72,102 +72,6 @@ from mopo_cli.training.stage import rows_a_step, step_rows
 
 MEASURED = 32  # told rows that go through the preference model at once
 ACROSS = {"margins": inter_margins, "responses": inter_responses}
-
-
-# --------------------------------------------------------------------------------------------- losses
-def condition_loss(margin: Tensor) -> Tensor:
-    """-log s(margin), of the shape of the margins: arXiv 2505.12845's loss within a sample and across samples."""
-    return -logsigmoid(margin)
-
-
-def reward_margins(rewards: Tensor, index: Tensor) -> Tensor:
-    """(P,) margins of P comparisons: of rewards (2D, G), D rows behind both their conditions, by `index_of`."""
-    first, second = rewards[index[..., 0, 0], index[..., 0, 1]], rewards[index[..., 1, 0], index[..., 1, 1]]
-    return (first - second).sum(1)
-
-
-def preference_margins(model: PreferenceModel, features: Tensor, index: Tensor) -> Tensor:
-    """(P, K) margins of P comparisons under each objective: of features (2D, G, K, 1 + 2 rank), by `index_of`."""
-    first, second = features[index[..., 0, 0], index[..., 0, 1]], features[index[..., 1, 0], index[..., 1, 1]]
-    return model.logits(first, second).sum(1)
-
-
-def index_of(comparisons: Sequence[Sequence[Comparison]]) -> Tensor:
-    """(P, M, 2, 2): which row and response is over which, M such for each comparison of each told row."""
-    flat = [
-        [[[2 * d + c, g] for c, g in over] for over in comparison]
-        for d, each in enumerate(comparisons)
-        for comparison in each
-    ]
-    return torch.tensor(flat, dtype=torch.long).view(len(flat), -1 if flat else 1, 2, 2)
-
-
-# --------------------------------------------------------------------------------------------- rows with instructions
-Margins = Callable[[Tensor], Tensor]  # of the comparisons of some rows, by index
-
-
-class ToldTask:
-    """The losses of told rows, for a model that gives margins.
-
-    It brings no weight of its own: joined to a task whose steps weigh `beside`, it adds to their mean loss a factor
-    times the mean over each kind of comparison, of which a step has as many as `rows` told rows have on average.
-    """
-
-    def __init__(
-        self,
-        told: Sequence[Told],
-        factors: dict[str, float],
-        margins: Callable[[Sequence[int]], Margins],
-        rows_of: Callable[[int], list[int]],
-        beside: float,
-        rows: int,
-    ):
-        self.told, self.margins = told, margins
-        self.scales: dict[str, float] = {}
-        for name, factor in factors.items():
-            found = sum(len(getattr(one, name)) for one in told)
-            self.scales[name] = factor * beside * len(told) / (rows * found) if found else 0.0
-        self.notes: dict[str, Tensor] = {}
-        self.task = Task(rows_of, self.loss_of, lambda numbers: 0.0, lambda i: told[i].length)
-
-    def loss_of(self, numbers: list[int]) -> Tensor:
-        margins = self.margins(numbers)
-        losses = []
-        for name, scale in self.scales.items():
-            margin = margins(index_of([getattr(self.told[i], name) for i in numbers]))
-            losses.append(scale * condition_loss(margin).sum())
-            self.notes[f"{name}_accuracy"] = (margin.detach() > 0).float().mean()
-        return torch.stack(losses).sum()
-
-
-def policy_margins(
-    policy: nn.Module, told: Sequence[Told], reference: dict[int, Tensor], tau: float, collate: Collator
-) -> Callable[[Sequence[int]], Margins]:
-    """Margins of tau log pi / pi_ref; `reference` has the (2, G) log-probs of each row that is asked for."""
-
-    def of(numbers: Sequence[int]) -> Margins:
-        tensors = collate([row for i in numbers for row in told[i].rows])
-        device = next(policy.parameters()).device
-        logps = response_logps(policy, tensors.to(device))
-        known = [each for i in numbers for each in reference[i]]
-        before = torch.nn.utils.rnn.pad_sequence(known, batch_first=True).to(device)
-        return lambda index: reward_margins(tau * (logps - before), index.to(device))
-
-    return of
-
-
-def model_margins(
-    model: PreferenceModel, told: Sequence[Told], collate: Collator
-) -> Callable[[Sequence[int]], Margins]:
-    """Margins of the preference model's logits."""
-
-    def of(numbers: Sequence[int]) -> Margins:
-        device = next(model.parameters()).device
-        tensors = collate([row for i in numbers for row in told[i].rows]).to(device)
-        features = gather_slots(model(tensors), tensors.slot)
-        return lambda index: preference_margins(model, features, index.to(device))
-
-    return of
 
 
 # --------------------------------------------------------------------------------------------- the method
@@ -180,21 +84,42 @@ class Accuracies:
     inter: list[float]
 
 
+FittedJudge = tuple[PreferenceModel, dict[str, Accuracies]]
+
+
 def read_accuracies(record: Mapping[str, list[float | None]]) -> Accuracies:
     """What JSON has kept of them: its null is NaN, of an objective without a decided label."""
     return Accuracies(**{name: [math.nan if v is None else v for v in values] for name, values in record.items()})
 
 
-def _factors(given: Mapping[str, float], key: str) -> dict[str, float]:
-    """Those above 0; UserError where one is no number or below."""
-    for name, value in given.items():
-        if name not in ("intra", "inter"):
-            raise UserError(f"{key}.{name}: no such key; must be intra or inter")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise UserError(f"{key}.{name}={value}: must be a number, 0 or more")
-    return {name: float(value) for name, value in given.items() if value > 0}
+FACTOR = at_least(0, "a number, 0 or more")
 
 
+@dataclass(frozen=True)
+class Factors:
+    """What the mean losses of both kinds of comparisons count for."""
+
+    intra: Annotated[float, FACTOR] = 0.0
+    inter: Annotated[float, FACTOR] = 0.0
+
+    def above_zero(self) -> dict[str, float]:
+        return {name: float(value) for name, value in asdict(self).items() if value > 0}
+
+
+def _kinds(kinds: Sequence[str] | None) -> tuple[str, ...]:
+    """Those named, or all; UserError where one is none."""
+    if kinds is None:
+        return tuple(KINDS)
+    if isinstance(kinds, str):
+        raise UserError(f"algorithm.kinds={kinds}: must be a list, as [{kinds}], or null for all")
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown or not kinds:
+        wrong = f"no kind of instruction {unknown[0]}" if unknown else "no kind of instruction"
+        raise UserError(f"algorithm.kinds: {wrong}; must be of {', '.join(KINDS)}, or null for all")
+    return tuple(kinds)
+
+
+@dataclass(frozen=True)
 class Mapl:
     """The settings of algorithm=mapl.
 
@@ -203,54 +128,57 @@ class Mapl:
     that training and test rows are those of every other method; the policy is asked and judged without instructions.
     """
 
+    names: tuple[str, ...]
+    tau: float
+    weights: Mapping[str, float] | None = None
+    smoothing: float = 0.0
+    intra: Annotated[float, FACTOR] = 0.01
+    inter: Annotated[float, FACTOR] = 1.0
+    across: Annotated[str, one_of(*ACROSS)] = "margins"
+    augmented: Annotated[float, between(0, 1, "[", be="in [0, 1), a share of each step's rows")] = 0.5
+    instructions: Annotated[int, at_least(1, "a whole number, 1 or more")] = 3
+    kinds: Sequence[str] | None = None
+    preference_model: Mapping[str, float] | None = None
+
     longest_condition = ""
 
-    def __init__(
-        self,
-        names: tuple[str, ...],
-        tau: float,
-        weights: dict[str, float] | None = None,
-        smoothing: float = 0.0,
-        intra: float = 0.01,
-        inter: float = 1.0,
-        across: str = "margins",
-        augmented: float = 0.5,
-        instructions: int = 3,
-        kinds: Sequence[str] | None = None,
-        preference_model: dict[str, float] | None = None,
-    ):
-        self.dpo = Dpo(names, tau, weights=weights, smoothing=smoothing)
-        self.factors = _factors({"intra": intra, "inter": inter}, "algorithm")
-        if across not in ACROSS:
-            raise UserError(f"algorithm.across={across}: must be {' or '.join(ACROSS)}")
-        if not 0 <= augmented < 1:
-            raise UserError(f"algorithm.augmented={augmented}: must be in [0, 1), a share of each step's rows")
-        if type(instructions) is not int or instructions < 1:
-            raise UserError(f"algorithm.instructions={instructions}: must be a whole number, 1 or more")
-        self.judging = _factors(preference_model or {}, "algorithm.preference_model")
-        if isinstance(kinds, str):
-            raise UserError(f"algorithm.kinds={kinds}: must be a list, as [{kinds}], or null for all")
-        self.kinds = tuple(KINDS) if kinds is None else tuple(kinds)
-        unknown = [kind for kind in self.kinds if kind not in KINDS]
-        if unknown or not self.kinds:
-            found = f"no kind of instruction {unknown[0]}" if unknown else "no kind of instruction"
-            raise UserError(f"algorithm.kinds: {found}; must be of {', '.join(KINDS)}, or null for all")
-        self.tau, self.across, self.augmented, self.most = tau, across, augmented, instructions
+    def __post_init__(self) -> None:
+        checked(self, "algorithm.")
+        for name in self.preference_model or {}:
+            if name not in ("intra", "inter"):
+                raise UserError(f"algorithm.preference_model.{name}: no such key; must be intra or inter")
+        checked(self.judge_factors, "algorithm.preference_model.")
+        object.__setattr__(self, "kinds", _kinds(self.kinds))
+        _ = self.dpo  # which raises where a setting is wrong
+
+    @property
+    def judge_factors(self) -> Factors:
+        return Factors(**self.preference_model or {})
+
+    @property
+    def dpo(self) -> Dpo:
+        return Dpo(self.names, self.tau, weights=self.weights, smoothing=self.smoothing)
+
+    @property
+    def factors(self) -> dict[str, float]:
+        return Factors(self.intra, self.inter).above_zero()
+
+    @property
+    def judging(self) -> dict[str, float]:
+        return self.judge_factors.above_zero()
 
     def align(self, setting: Setting) -> Aligned:
-        work = Work()
         told = bool(self.factors) and self.augmented > 0
         if self.judging and self.augmented > 0:
             self.judge_with_instructions(setting)
         beside = self.beside(setting) if told else None
-        fit_pairs(setting, self.dpo.loss, self.dpo.weights, work, title="alignment (mapl)", beside=beside)
-        work = finished(work)
+        aligned = aligned_on_pairs(setting, self.dpo.pair_fit("mapl", beside=beside))
         if told:
             self.measure(setting)
-        return Aligned(work, aim=aim_of(setting, alike=False))
+        return aligned
 
     def telling(self, setting: Setting) -> Telling:
-        return Telling(self.most, self.kinds, ACROSS[self.across], setting.config.seed)
+        return Telling(self.instructions, _kinds(self.kinds), ACROSS[self.across], setting.config.seed)
 
     def doubles(self, rows: int, key: str) -> int:
         """How many prompts of a step are told instructions, each twice: one at least, and a row is left that is not."""
@@ -269,28 +197,28 @@ class Mapl:
         inputs, config, telling = setting.inputs, setting.config, self.telling(setting)
         examples, tokens = inputs.examples[split], inputs.tokens[split]
         numbers = np.random.default_rng([config.seed, 29]).permutation(len(examples))[:most].tolist()
-        found: list[Told] = []
+        rows: list[Told] = []
         silent = overlong = 0
         with stage("instructions", len(numbers), brief=True) as progress:
             for done, i in enumerate(numbers, start=1):
-                one = telling.told(inputs.policy.encoder, examples[i], tokens[i], i)
-                if one is None or not any(getattr(one, name) for name in kinds):
+                row = telling.told(inputs.policy.encoder, examples[i], tokens[i], i)
+                if row is None or not any(getattr(row, name) for name in kinds):
                     silent += 1
-                elif not one.fits(inputs.policy.encoder.max_length):
+                elif not row.fits(inputs.policy.encoder.max_length):
                     overlong += 1
                 else:
-                    found.append(one)
+                    rows.append(row)
                 if done % 100 == 0:
                     progress.advance(done)
             progress.advance(len(numbers))
-        if not found:
+        if not rows:
             raise UserError(
                 f"algorithm.kinds: none of {len(numbers)} {split} rows can be told instructions: {overlong} do not fit "
                 f"the context behind them (model.max_length), and in {silent} nothing can be compared"
             )
         if overlong:
             warn(f"{overlong} of {len(numbers)} {split} rows do not fit the context behind instructions; not told any")
-        return found
+        return rows
 
     def beside(self, setting: Setting) -> Beside:
         """The told rows of each step, with the reference's log-probs of those that are visited."""
@@ -303,7 +231,7 @@ class Mapl:
         logps = kept_logps(setting.accelerator, config.cache, inputs.policy, rows)
         reference = {i: torch.stack(logps[2 * n : 2 * n + 2]) for n, i in enumerate(visited)}
         margins = policy_margins(inputs.policy.model, told, reference, self.tau, inputs.policy.collate)
-        used = [k for k, weight in enumerate(self.dpo.weights) if weight > 0]
+        used = used_objectives(self.dpo.shares)
         pairs = [n for n in (len(judged(example, used)) for example in inputs.examples["train"]) if n]
         plain = (rows_a_step(setting) - 2 * count) * float(np.mean(pairs or [0]))
         task = ToldTask(told, self.factors, margins, taken, plain, count)
@@ -315,7 +243,7 @@ class Mapl:
         examples = inputs.examples["heldout"][: config.evaluation.prompts]
 
         def share(told: bool) -> float:
-            return share_followed(inputs.policy, examples, self.kinds, config.sampling, config.seed, told)
+            return share_followed(inputs.policy, examples, _kinds(self.kinds), config.sampling, config.seed, told)
 
         ours, untold = share(True), share(False)
         with inputs.policy.swapped(setting.initial):
@@ -336,13 +264,13 @@ class Mapl:
         own, names = setting.run.path / "stages" / "preference_model", inputs.data.names
         steps = limited_steps(config.preference_model, len(inputs.tokens["train"]))
         settings = replace(config.preference_model, steps=steps)
-        own_settings = self.judging, self.across, self.augmented, self.most, self.kinds
+        own_settings = self.judging, self.across, self.augmented, self.instructions, self.kinds
         about = (asdict(settings), *own_settings, config.model.max_length)
 
         def key() -> str:
             return keys.policy_key(config, inputs, setting.judge, "mapl-preference-model", about)
 
-        def fit() -> tuple[PreferenceModel, dict[str, Accuracies]]:
+        def fit() -> FittedJudge:
             model = build_preference_model(
                 inputs.policy.model, len(names), settings.form, settings.skew_rank, config.seed
             )
@@ -354,13 +282,13 @@ class Mapl:
                 train_preference_model(accelerator, model, task, held, inputs.policy.collate, settings, progress)
             return model, {"before": before, "after": self.accuracies(setting, model, heldout)}
 
-        def save(fitted: tuple[PreferenceModel, dict[str, Accuracies]], path: Path) -> None:
+        def save(fitted: FittedJudge, path: Path) -> None:
             model, accuracies = fitted
             with whole(path) as place:
                 save_preference_model(model, place / "model", names, accuracies["after"].plain)
                 write_json(place / "accuracy.json", {name: asdict(each) for name, each in accuracies.items()})
 
-        def load(path: Path) -> tuple[PreferenceModel, dict[str, Accuracies]]:
+        def load(path: Path) -> FittedJudge:
             model, _ = load_preference_model(path / "model", inputs.policy.model)
             return model, {n: read_accuracies(each) for n, each in read_json(path / "accuracy.json").items()}
 
@@ -438,8 +366,7 @@ def share_followed(
 
     Each is one that a response of the data to the same prompt follows, so that it can be met.
     """
-    encoder = policy.encoder
-    asked = asked_instructions(examples, kinds, seed)
+    asked, encoder = asked_instructions(examples, kinds, seed), policy.encoder
     ids = [
         encoder.conditioned(one.text if told else "").prompt_ids(e.prompt, e.responses[0] if e.responses else "x")
         for e, one in asked

@@ -13,21 +13,23 @@ whose labels are nearly without noise (a computed one), where log-odds have no b
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from mopo_cli.algorithms.contract import Aligned, aim_of, finished
-from mopo_cli.algorithms.pairwise.batches import PairLogps, fit_pairs, labelled_rows, visited_rows
+from mopo_cli.algorithms.contract import Aligned
+from mopo_cli.algorithms.pairwise.batches import PairFit, PairLogps, aligned_on_pairs, labelled_rows, visited_rows
 from mopo_cli.algorithms.pairwise.dpo import Dpo, log_ratio_difference, pair_loss
 from mopo_cli.base.errors import UserError
-from mopo_cli.config.checks import normalised_weights
+from mopo_cli.config.checks import checked, normalised_weights, one_of
 from mopo_cli.models.preference import features_of
 from mopo_cli.training.cache import kept_logps
 from mopo_cli.training.checkpoints import Setting, Work
 
 LOSSES = ("sigmoid", "hinge")
-MARGINS = ("preference_model", "implicit")
 
 
 def modpo_loss(h: Tensor, label: Tensor, margin: Tensor, weight: float, tau: float, loss: str = "sigmoid") -> Tensor:
@@ -49,72 +51,75 @@ def spread(rewards: Mapping[int, Tensor]) -> Tensor:
     return (total / max(1, pairs)).sqrt()
 
 
+@dataclass(frozen=True)
 class Modpo:
     """The settings of algorithm=modpo: which objective's pairs, and where the margins of the others come from."""
 
+    names: tuple[str, ...]
+    tau: float
+    preference_form: str = "bradley_terry"
+    weights: Mapping[str, float] | None = None  # None: equal
+    pairs: str | None = None
+    margin: Annotated[str, one_of("preference_model", "implicit")] = "preference_model"
+    normalise: bool = False
+    loss: Annotated[str, one_of(*LOSSES)] = "sigmoid"
+
     longest_condition = ""
 
-    def __init__(
-        self,
-        names: tuple[str, ...],
-        tau: float,
-        preference_form: str = "bradley_terry",
-        weights: Mapping[str, float] | None = None,
-        pairs: str | None = None,
-        margin: str = "preference_model",
-        normalise: bool = False,
-        loss: str = "sigmoid",
-    ):
-        if loss not in LOSSES:
-            raise UserError(f"algorithm.loss={loss}: must be {' or '.join(LOSSES)}")
-        if margin not in MARGINS:
-            raise UserError(f"algorithm.margin={margin}: must be {' or '.join(MARGINS)}")
-        if not isinstance(normalise, bool):
-            raise UserError(f"algorithm.normalise={normalise}: must be true or false")
-        self.names, self.tau, self.form, self.margin, self.normalise = names, tau, loss, margin, normalise
-        self.weights = normalised_weights(names, dict.fromkeys(names, 1.0) if weights is None else weights)
-        self.own = self._own(pairs)
-        self.others = [k for k, weight in enumerate(self.weights) if weight > 0 and k != self.own]
-        if self.others and margin == "preference_model" and preference_form != "bradley_terry":
+    def __post_init__(self) -> None:
+        checked(self, "algorithm.")
+        if self.others and self.margin == "preference_model" and self.preference_form != "bradley_terry":
             raise UserError(
-                f"algorithm.margin=preference_model: preference_model.form={preference_form} compares responses and "
-                "gives them no values; set preference_model.form=bradley_terry, or algorithm.margin=implicit"
+                f"algorithm.margin=preference_model: preference_model.form={self.preference_form} compares responses "
+                "and gives them no values; set preference_model.form=bradley_terry, or algorithm.margin=implicit"
             )
 
-    def _own(self, pairs: str | None) -> int:
+    @cached_property
+    def shares(self) -> tuple[float, ...]:
+        """(K,) the weights, which sum to one."""
+        return normalised_weights(self.names, dict.fromkeys(self.names, 1.0) if self.weights is None else self.weights)
+
+    @cached_property
+    def trained(self) -> int:
         """The objective k whose pairs are trained on: its weight must not be 0, by which the loss divides.
 
         Where the primary has none, the secondary with the largest weight is taken, as at the end of the paper's front.
         """
-        if pairs is None:
-            return 0 if self.weights[0] > 0 else max(range(len(self.weights)), key=lambda k: self.weights[k])
-        if pairs not in self.names:
-            raise UserError(f"algorithm.pairs={pairs}: is no objective; the set has {', '.join(self.names)}")
-        if self.weights[self.names.index(pairs)] == 0:
+        shares = self.shares
+        if self.pairs is None:
+            return 0 if shares[0] > 0 else max(range(len(shares)), key=lambda k: shares[k])
+        if self.pairs not in self.names:
+            raise UserError(f"algorithm.pairs={self.pairs}: is no objective; the set has {', '.join(self.names)}")
+        if shares[self.names.index(self.pairs)] == 0:
             raise UserError(
-                f"algorithm.pairs={pairs}: its weight is 0, and the loss divides by it; give it a weight above 0, or "
-                "train on the pairs of another objective"
+                f"algorithm.pairs={self.pairs}: its weight is 0, and the loss divides by it; give it a weight above 0, "
+                "or train on the pairs of another objective"
             )
-        return self.names.index(pairs)
+        return self.names.index(self.pairs)
 
-    def loss(self, pairs: PairLogps) -> Tensor:
+    @cached_property
+    def others(self) -> list[int]:
+        return [k for k, share in enumerate(self.shares) if share > 0 and k != self.trained]
+
+    def losses(self, pairs: PairLogps) -> Tensor:
         """(P,)"""
         h = log_ratio_difference(pairs.policy, pairs.reference, pairs.lengths, False)
         margin = torch.zeros_like(h)
         if pairs.rewards is not None:
-            weights = torch.tensor([self.weights[j] for j in self.others]).to(h)
+            weights = torch.tensor([self.shares[j] for j in self.others]).to(h)
             margin = (pairs.rewards[:, 0] - pairs.rewards[:, 1]) @ weights
-        return modpo_loss(h, pairs.labels[:, self.own], margin, self.weights[self.own], self.tau, self.form)
+        k = self.trained
+        return modpo_loss(h, pairs.labels[:, k], margin, self.shares[k], self.tau, self.loss)
 
     def align(self, setting: Setting) -> Aligned:
-        work = Work()
-        trained = tuple(float(k == self.own) for k in range(len(self.names)))
-        rows = visited_rows(setting, labelled_rows(setting, trained), setting.config.steps)
+        work, steps = Work(), setting.config.steps
+        weights = tuple(float(k == self.trained) for k in range(len(self.names)))
+        rows = visited_rows(setting, labelled_rows(setting, weights), steps)
         rewards = self.rewards(setting, rows, work) if self.others else None
         setting.inputs.policy.put(setting.initial)
-        first = len(self.others) * setting.config.steps if self.margin == "implicit" else 0
-        fit_pairs(setting, self.loss, trained, work, title="alignment (modpo)", rewards=rewards, first=first)
-        return Aligned(finished(work), aim=aim_of(setting, alike=True))
+        first = len(self.others) * steps if self.margin == "implicit" else 0
+        fit = PairFit("alignment (modpo)", self.losses, weights, rewards=rewards, first=first)
+        return aligned_on_pairs(setting, fit, work, alike=True)
 
     def rewards(self, setting: Setting, rows: Sequence[int], work: Work) -> dict[int, Tensor]:
         """(G, J) rewards of each row's responses under the other objectives."""
@@ -125,11 +130,11 @@ class Modpo:
         else:
             features = features_of(setting.judge, tokens, inputs.policy.collate)
             columns = [feature[:, self.others, 0] for feature in features]
-        found = dict(zip(rows, columns, strict=True))
+        rewards = dict(zip(rows, columns, strict=True))
         if not self.normalise:
-            return found
-        scale = spread(found).clamp(min=1e-12)
-        return {row: values / scale for row, values in found.items()}
+            return rewards
+        scale = spread(rewards).clamp(min=1e-12)
+        return {row: values / scale for row, values in rewards.items()}
 
     def _log_ratios(self, setting: Setting, rows: Sequence[int], work: Work) -> list[Tensor]:
         """(G, J) tau log pi_j/pi_ref of each row's responses, pi_j trained by DPO on the pairs of objective j."""

@@ -7,13 +7,14 @@ each objective's winners; a tie clones both responses by half.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from mopo_cli.algorithms.contract import Aligned, aim_of, finished
-from mopo_cli.algorithms.pairwise.batches import PairLogps, fit_pairs, weighted_labels
+from mopo_cli.algorithms.contract import Aligned
+from mopo_cli.algorithms.pairwise.batches import PairFit, PairLogps, aligned_on_pairs, weighted_labels
 from mopo_cli.config.checks import normalised_weights
-from mopo_cli.training.checkpoints import Setting, Work
+from mopo_cli.training.checkpoints import Setting
 
 
 def cloned(values: Tensor, label: Tensor) -> Tensor:
@@ -21,26 +22,33 @@ def cloned(values: Tensor, label: Tensor) -> Tensor:
     return label * values[:, 0] + (1.0 - label) * values[:, 1]
 
 
+@dataclass(frozen=True)
 class Sft:
-    """The settings of algorithm=sft. The loss is a mean over cloned tokens, as the reference's own (pretrain.py)."""
+    """The settings of algorithm=sft. The loss is a mean over cloned tokens, as the reference's own."""
+
+    names: tuple[str, ...]
+    weights: Mapping[str, float] | None = None
 
     longest_condition = ""
 
-    def __init__(self, names: tuple[str, ...], weights: Mapping[str, float] | None = None):
-        self.weights = normalised_weights(names, weights)
+    def __post_init__(self) -> None:
+        _ = self.shares  # raises where they are wrong
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """(K,) the weights, which sum to one."""
+        return normalised_weights(self.names, self.weights)
 
     def loss(self, pairs: PairLogps) -> Tensor:
         """(P,) minus the log-probs of the cloned responses."""
-        asked = weighted_labels(pairs.labels, pairs.weights)
-        return -asked.weight * cloned(pairs.policy, asked.label)
+        labels = weighted_labels(pairs.labels, pairs.weights)
+        return -labels.weight * cloned(pairs.policy, labels.label)
 
     def tokens(self, pairs: PairLogps) -> Tensor:
         """(P,) the tokens that are cloned."""
-        asked = weighted_labels(pairs.labels, pairs.weights)
-        return asked.weight * cloned(pairs.lengths, asked.label)
+        labels = weighted_labels(pairs.labels, pairs.weights)
+        return labels.weight * cloned(pairs.lengths, labels.label)
 
     def align(self, setting: Setting) -> Aligned:
-        work = Work()
-        title = "alignment (sft)"
-        fit_pairs(setting, self.loss, self.weights, work, title=title, with_reference=False, count=self.tokens)
-        return Aligned(finished(work), aim=aim_of(setting, alike=False))
+        fit = PairFit("alignment (sft)", self.loss, self.shares, with_reference=False, count=self.tokens)
+        return aligned_on_pairs(setting, fit)

@@ -11,8 +11,10 @@ average, sum_k w_k B_k A_k, written as one adapter with the factors side by side
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from transformers import AutoTokenizer
@@ -22,7 +24,7 @@ from mopo_cli.algorithms.pairwise.dpo import Dpo
 from mopo_cli.base.console import say, warn
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.files import read_json
-from mopo_cli.config.checks import normalised_weights
+from mopo_cli.config.checks import checked, normalised_weights, one_of
 from mopo_cli.models.parts import inner, lora_of
 from mopo_cli.models.policy import Policy, Snapshot, rank_and_alpha, saved_weights
 from mopo_cli.runs.directory import RunDirectory
@@ -53,14 +55,14 @@ def side_by_side(policies: Sequence[Snapshot], weights: Sequence[float]) -> Snap
 
     What is no LoRA factor is interpolated.
     """
-    found = interpolated(policies, weights)
-    for name in found:
+    soup = interpolated(policies, weights)
+    for name in soup:
         parts = name.split(".")
         if any(factor in parts for factor in FIRST_FACTORS):
-            found[name] = torch.cat([policy[name] for policy in policies], dim=0)
+            soup[name] = torch.cat([policy[name] for policy in policies], dim=0)
         elif any(factor in parts for factor in SECOND_FACTORS):
-            found[name] = torch.cat([w * policy[name] for policy, w in zip(policies, weights, strict=True)], dim=1)
-    return found
+            soup[name] = torch.cat([w * policy[name] for policy, w in zip(policies, weights, strict=True)], dim=1)
+    return soup
 
 
 def cook(policy: Policy, policies: Iterable[Snapshot], weights: Sequence[float], merge: str) -> None:
@@ -73,57 +75,72 @@ def cook(policy: Policy, policies: Iterable[Snapshot], weights: Sequence[float],
     return policy.put(soup)
 
 
+@dataclass(frozen=True)
 class Soups:
     """The settings of algorithm=soups. Policies whose weight is 0 are neither trained nor loaded."""
 
+    names: tuple[str, ...]
+    tau: float
+    weights: Mapping[str, float] | None = None  # None: equal
+    loss: str = "sigmoid"
+    smoothing: float = 0.0
+    length_normalised: bool = False
+    merge: Annotated[str, one_of(*MERGES)] = "factors"
+    experts: Mapping[str, str] | None = None
+
     longest_condition = ""
 
-    def __init__(
-        self,
-        names: tuple[str, ...],
-        tau: float,
-        weights: Mapping[str, float] | None = None,
-        loss: str = "sigmoid",
-        smoothing: float = 0.0,
-        length_normalised: bool = False,
-        merge: str = "factors",
-        experts: Mapping[str, str] | None = None,
-    ):
-        if merge not in MERGES:
-            raise UserError(f"algorithm.merge={merge}: must be {' or '.join(MERGES)}")
-        weighted = normalised_weights(names, dict.fromkeys(names, 1.0) if weights is None else weights)
-        self.weights = {name: weight for name, weight in zip(names, weighted, strict=True) if weight > 0}
-        self.merge = merge
-        self.given = given_experts(names, experts)
-        self.methods = {name: Dpo(names, tau, loss, {name: 1.0}, smoothing, length_normalised) for name in self.weights}
+    def __post_init__(self) -> None:
+        checked(self, "algorithm.")
+        _ = self.trainings, self.ready  # which raise where a setting is wrong
+
+    @cached_property
+    def shares(self) -> dict[str, float]:
+        """The weights above 0, which sum to one."""
+        shares = normalised_weights(
+            self.names, dict.fromkeys(self.names, 1.0) if self.weights is None else self.weights
+        )
+        return {name: share for name, share in zip(self.names, shares, strict=True) if share > 0}
+
+    @cached_property
+    def ready(self) -> dict[str, Path]:
+        """The model directory of each objective whose policy is there already."""
+        return given_experts(self.names, self.experts)
+
+    @cached_property
+    def trainings(self) -> dict[str, Dpo]:
+        return {
+            name: Dpo(self.names, self.tau, self.loss, {name: 1.0}, self.smoothing, self.length_normalised)
+            for name in self.shares
+        }
 
     def check(self, inputs: Inputs) -> None:
         """UserError where a given policy cannot be mixed with this run's: told before anything is fitted."""
-        for name, path in self.given.items():
-            if name in self.weights and (found := differences(inputs.policy, path)):
+        for name, path in self.ready.items():
+            if name in self.shares and (reason := differences(inputs.policy, path)):
                 raise UserError(
                     f"algorithm.experts.{name}: {path} cannot be part of this soup, since it differs from the run's "
-                    f"model: {found}"
+                    f"model: {reason}"
                 )
 
     def align(self, setting: Setting) -> Aligned:
         work = Work()
         if setting.config.model.lora.r == 0 and self.merge == "products":
             say("algorithm.merge=products: the model has no LoRA; all its weights are averaged")
-        cook(setting.inputs.policy, self.policies(setting, work), list(self.weights.values()), self.merge)
+        cook(setting.inputs.policy, self.policies(setting, work), list(self.shares.values()), self.merge)
         return Aligned(finished(work), aim=aim_of(setting, alike=True))
 
     def policies(self, setting: Setting, work: Work) -> Iterable[Snapshot]:
         """Each objective's policy, loaded or trained, one after the other."""
-        for name, path in self.given.items():
-            if name in self.weights:
+        for name, path in self.ready.items():
+            if name in self.shares:
                 compare_start(setting, name, path)
         first = 0
-        for name in self.weights:
-            if name in self.given:
-                setting.inputs.policy.load_weights(self.given[name])
+        for name in self.shares:
+            if name in self.ready:
+                setting.inputs.policy.load_weights(self.ready[name])
             else:
-                self.methods[name].expert(setting, name, work, first)
+                self.trainings[name].expert(setting, name, work, first)
                 first += setting.config.steps
             yield setting.inputs.policy.snapshot()
 
@@ -135,7 +152,7 @@ def given_experts(names: Sequence[str], experts: Mapping[str, str] | None) -> di
         return {}
     if not isinstance(experts, Mapping):
         raise UserError(f"algorithm.experts={experts}: must be a run or model directory for each objective, or null")
-    found = {}
+    paths = {}
     for name, directory in experts.items():
         key = f"algorithm.experts.{name}={directory}"
         if name not in names:
@@ -144,8 +161,8 @@ def given_experts(names: Sequence[str], experts: Mapping[str, str] | None) -> di
         path = RunDirectory(path).model if RunDirectory(path).model.is_dir() else path
         if not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
             raise UserError(f"{key}: must be a finished run or a model directory; {path} has no config.json")
-        found[name] = path
-    return found
+        paths[name] = path
+    return paths
 
 
 def compare_start(setting: Setting, name: str, path: Path) -> None:
@@ -187,11 +204,11 @@ def differences(policy: Policy, directory: Path) -> str:
         base = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
         if base != lora.base_model_name_or_path:
             return f"its adapter belongs to {base}, the run's to {lora.base_model_name_or_path}"
-        own = get_peft_model_state_dict(model)
+        ours = get_peft_model_state_dict(model)
     else:
-        own = model.state_dict()
-    for name in sorted({*own, *saved}):
-        ours, theirs = (tuple(state[name].shape) if name in state else None for state in (own, saved))
-        if ours != theirs:
-            return f"{name} is {theirs or 'missing'} there, {ours or 'missing'} here"
+        ours = model.state_dict()
+    for name in sorted({*ours, *saved}):
+        here, there = (tuple(state[name].shape) if name in state else None for state in (ours, saved))
+        if here != there:
+            return f"{name} is {there or 'missing'} there, {here or 'missing'} here"
     return ""
