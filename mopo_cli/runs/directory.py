@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mopo_cli.base.errors import UserError
-from mopo_cli.base.files import flat, read_json, write_json
+from mopo_cli.base.files import read_json, write_json
+from mopo_cli.base.text import flat, one_line, shown
 from mopo_cli.config.compose import with_current_names
 
 STATES = ("running", "done", "infeasible", "failed", "interrupted")
@@ -107,7 +108,7 @@ class RunDirectory:
         except FileNotFoundError:
             raise UserError(f"{self.config}: no such file; {self.path} holds no run") from None
         except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{self.config}: cannot be read ({' '.join(str(error).split())})") from None
+            raise UserError(f"{self.config}: cannot be read ({one_line(error)})") from None
         if not isinstance(values, dict) or not values:
             raise UserError(f"{self.config}: holds no config; the run may have been cut off")
         return with_current_names(values)
@@ -211,13 +212,8 @@ def check_same_settings(run: RunDirectory, settings: dict[str, Any]) -> None:
     started, now = dict(flat(run.settings())), dict(flat(settings))
     for key in [*now, *(key for key in started if key not in now)]:
         if key.partition(".")[0] not in FREE_ON_RESUME and started.get(key) != now.get(key):
-            found, asked = shown(started, key), shown(now, key)
+            before, after = shown(started.get(key)), shown(now.get(key))
             raise UserError(
-                f"{key}={asked}: the run in run.dir={run.path} was started with {found}, and goes on with the same "
-                f"settings only (its config.yaml has them). Give {key}={found}, or start another run"
+                f"{key}={after}: the run in run.dir={run.path} was started with {before}, and goes on with the same "
+                f"settings only (its config.yaml has them). Give {key}={before}, or start another run"
             )
-
-
-def shown(values: dict[str, Any], key: str) -> str:
-    value = values.get(key)
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,6 +11,7 @@ import numpy as np
 
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.files import read_json, read_lines
+from mopo_cli.base.text import flat, shown
 from mopo_cli.config.compose import option_name
 from mopo_cli.runs.directory import RunDirectory
 
@@ -107,7 +107,7 @@ def read_run(path: Path, name: str | None = None, varying: Mapping[str, Any] | N
         id=name or path.resolve().name,
         path=path,
         state=str(summary.get("state") or state) if summary else state,
-        settings=dict(_flat(settings)),
+        settings=dict(flat(settings, empty=True)),
         varying={key: shown(value) for key, value in (varying or {}).items()},
         objectives=_objectives(settings, summary),
         history=[line for line in read_lines(run.metrics) if isinstance(line, dict) and _is_number(line.get("step"))],
@@ -221,23 +221,6 @@ def sampled_rates(run: ReportedRun) -> tuple[Prompts, np.ndarray] | None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def shown(value: Any) -> str:
-    """A setting as one would type it."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, float):
-        return f"{value:g}"
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else str(value)
 
 
 # --------------------------------------------------------------------------------------------- many runs

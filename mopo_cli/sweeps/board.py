@@ -16,6 +16,7 @@ from rich.text import Text
 
 from mopo_cli.base.console import clock, console, say, show
 from mopo_cli.base.files import read_json
+from mopo_cli.base.text import one_line
 from mopo_cli.runs.directory import RunDirectory, locked
 from mopo_cli.sweeps.eta import Estimate
 from mopo_cli.sweeps.record import Record
@@ -165,10 +166,6 @@ class Board:
             spent = clock(line.record.seconds)
             return [state, Text(spent, style="dim", justify="right"), reached(line.record)]
         return [state, Text(""), Text(one_line(line.record.error), style="red")]
-
-
-def one_line(text: str | None) -> str:
-    return " ".join((text or "").split())
 
 
 def short_names(keys: Sequence[str]) -> list[str]:

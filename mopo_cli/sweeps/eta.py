@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mopo_cli.base.errors import UserError
-from mopo_cli.base.files import flat
+from mopo_cli.base.text import flat
 from mopo_cli.config.compose import option_name
 from mopo_cli.runs.directory import RunDirectory
 from mopo_cli.sweeps.worker import progress_of

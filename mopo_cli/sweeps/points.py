@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mopo_cli.base.errors import UserError
-from mopo_cli.base.files import flat
+from mopo_cli.base.text import flat
 from mopo_cli.config import compose, schema
 from mopo_cli.runs.directory import RunDirectory
 

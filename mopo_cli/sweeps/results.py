@@ -15,6 +15,7 @@ from typing import Any
 
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.files import read_json, write_atomic, write_json
+from mopo_cli.base.text import one_line
 from mopo_cli.config.compose import option_name
 from mopo_cli.config.schema import LoggerConfig
 from mopo_cli.runs.directory import RunDirectory
@@ -109,7 +110,7 @@ def _row(record: Record) -> dict[str, Any]:
         "id": record.id,
         **record.overrides,
         "state": record.state,
-        "error": record.error and " ".join(record.error.split()),
+        "error": record.error and one_line(record.error),
         **record.numbers,
     }
 
