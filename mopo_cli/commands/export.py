@@ -16,8 +16,9 @@ from mopo_cli.config import compose
 from mopo_cli.config.schema import ExportConfig
 from mopo_cli.data.directions import directions_of
 from mopo_cli.evaluation.card import model_card
-from mopo_cli.evaluation.entrants import SHARED_SUMMARY, Entrant, finished_run, newest_run
+from mopo_cli.evaluation.entrants import SHARED_SUMMARY, Entrant, finished_run
 from mopo_cli.evaluation.prompts import framed_text
+from mopo_cli.runs.find import newest_run
 from mopo_cli.runs.session import quiet_libraries
 
 PRIVATE = ("training_args.bin", "README.md")  # written anew, or of no use to others

@@ -16,12 +16,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mopo_cli.base.errors import UserError
-from mopo_cli.base.text import flat
+from mopo_cli.base.text import flat, one_line
 from mopo_cli.config import compose, schema
 from mopo_cli.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
-    from mopo_cli.sweeps.record import Record
+    from mopo_cli.runs.record import RunRecord
 
 
 MAPPING = re.compile(r"(?<==)\{((?:[\w.-]+:[\w.-]+,?)+)\}$")  # of plain names and values
@@ -131,7 +131,7 @@ def _choices(override: Override) -> list[str]:
     try:
         values = list(override.sweep_string_iterator())
     except (HydraException, ValueError, TypeError) as error:
-        raise UserError(f"cannot sweep over {override.input_line!r}: {' '.join(str(error).split())}") from error
+        raise UserError(f"cannot sweep over {override.input_line!r}: {one_line(error)}") from error
     if not values:
         raise UserError(f"cannot sweep over {override.input_line!r}: it stands for no value")
     return [f"{override.get_key_element()}={value}" for value in values]
@@ -307,7 +307,7 @@ class Points(Protocol):
         """The next point to run; None where there is none, or none yet."""
         ...
 
-    def tell(self, point: Point, record: Record) -> None:
+    def tell(self, point: Point, record: RunRecord) -> None:
         """What has become of a point."""
         ...
 
@@ -340,5 +340,5 @@ class GridPoints:
         self.given += 1
         return self.points[self.given - 1]
 
-    def tell(self, point: Point, record: Record) -> None:
+    def tell(self, point: Point, record: RunRecord) -> None:
         pass

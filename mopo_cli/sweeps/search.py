@@ -14,9 +14,9 @@ from typing import Any
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
 
 from mopo_cli.base.errors import UserError, needed
+from mopo_cli.base.text import one_line
+from mopo_cli.runs.record import RunRecord
 from mopo_cli.sweeps.points import Point, Points, first_choice, parse, point_of
-from mopo_cli.sweeps.record import Record
-from mopo_cli.sweeps.worker import ENDED
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Search:
             raise UserError("objectives: sweeper=optuna needs the same objectives in every trial")
         self.earlier = [given for given in earlier if given.keys() == self.space.keys()]
         self.asked: list[tuple[dict[str, Any], Point]] = []
-        self.records: dict[str, Record] = {}
+        self.records: dict[str, RunRecord] = {}
 
     def known(self) -> list[Point]:
         """The first of every choice, and the last."""
@@ -78,7 +78,7 @@ class Search:
         self.asked.append((values, self._point(texts)))
         return self.asked[-1][1]
 
-    def tell(self, point: Point, record: Record) -> None:
+    def tell(self, point: Point, record: RunRecord) -> None:
         self.records[point.id] = record
 
     def _swept(self) -> list[tuple[str, Override]]:
@@ -96,17 +96,17 @@ class Search:
         """Optuna's next point, given every point so far and its result."""
         optuna = needed("optuna", "optuna")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        names = next((list(r.roles) for r in self.records.values() if r.roles), ["objective"])
+        names = next((r.names for r in self.records.values() if r.finished), ("objective",))
         study = optuna.create_study(directions=["maximize"] * len(names), sampler=optuna.samplers.RandomSampler(seed=0))
         for values, point in self.asked:
             study.enqueue_trial(values)
             trial = study.ask(self.space)
             record = self.records.get(point.id)
-            if record is not None and record.state in ENDED:
+            if record is not None and record.finished:
                 for name in names:
-                    asked = record.numbers.get(f"threshold/{name}")
-                    if asked is not None:
-                        trial.set_constraint(name, asked - (record.reached(name) or 0.0))
+                    threshold = record.objectives[name].threshold
+                    if threshold is not None:
+                        trial.set_constraint(name, threshold - (record.reached(name) or 0.0))
                 study.tell(trial, [record.reached(name) or 0.0 for name in names])
             elif record is not None and record.state == "failed":
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
@@ -132,7 +132,7 @@ def _distribution(override: Override) -> Any:
         assert isinstance(value, ChoiceSweep | RangeSweep)
         return known.CategoricalDistribution(list(override.sweep_string_iterator()))
     except (ValueError, IndexError, AssertionError, TypeError) as error:
-        raise UserError(f"cannot search over {override.input_line!r}: {' '.join(str(error).split())}") from None
+        raise UserError(f"cannot search over {override.input_line!r}: {one_line(error)}") from None
 
 
 def _text(value: Any) -> str:
