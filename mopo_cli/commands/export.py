@@ -101,8 +101,8 @@ def write_folder(entrant: Entrant, folder: Path, adapter: bool, merge: bool) -> 
 
 def provenance_of(entrant: Entrant) -> dict[str, Any]:
     path = entrant.run.provenance
-    found = read_json(path) if path.exists() else {}
-    return {key: json.dumps(v, ensure_ascii=False) if isinstance(v, dict | list) else v for key, v in found.items()}
+    values = read_json(path) if path.exists() else {}
+    return {key: json.dumps(v, ensure_ascii=False) if isinstance(v, dict | list) else v for key, v in values.items()}
 
 
 def write_merged(entrant: Entrant, folder: Path) -> None:

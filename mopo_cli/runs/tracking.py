@@ -29,16 +29,16 @@ def wandb_mode(config: LoggerConfig) -> str:
     """
     if config.mode not in MODES:
         raise UserError(f"logger.mode={config.mode}: must be {', '.join(MODES)}")
-    key, found = "logger.mode", config.mode
+    key, value = "logger.mode", config.mode
     if config.mode == "auto":
-        key, found = "WANDB_MODE", os.environ.get("WANDB_MODE", "")
-    if not found:
+        key, value = "WANDB_MODE", os.environ.get("WANDB_MODE", "")
+    if not value:
         return "online" if _has_key() else "offline"
-    mode = OTHER_NAMES.get(found, found)
+    mode = OTHER_NAMES.get(value, value)
     if mode not in MODES[1:]:
-        raise UserError(f"{key}={found}: must be {', '.join(MODES[1:])}")
+        raise UserError(f"{key}={value}: must be {', '.join(MODES[1:])}")
     if mode == "online" and not _has_key():
-        raise UserError(f"{key}={found}: there is no W&B key; set WANDB_API_KEY, run `wandb login`, or log offline")
+        raise UserError(f"{key}={value}: there is no W&B key; set WANDB_API_KEY, run `wandb login`, or log offline")
     return mode
 
 

@@ -96,12 +96,10 @@ class Processes:
         self.threads, self.gpus = threads, gpus
         self.going: dict[str, Any] = {}
         self.slot_of: dict[str, int] = {}
-        each = f"{threads} thread{'s' * (threads != 1)} each" if threads else ""
-        device = f"GPU {', '.join(gpus)}" if gpus else ""
-        details = ", ".join(text for text in (device, each) if text)
-        self.description = ("one after another" if jobs == 1 else f"{jobs} at a time") + (
-            f" ({details})" if details else ""
-        )
+        device = [f"GPU {', '.join(gpus)}"] if gpus else []
+        each = [f"{threads} thread{'s' * (threads != 1)} each"] if threads else []
+        details = f" ({', '.join(device + each)})" if device or each else ""
+        self.description = ("one after another" if jobs == 1 else f"{jobs} at a time") + details
         start_server()
 
     def holds(self, name: str) -> bool:
