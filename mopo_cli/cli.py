@@ -8,6 +8,7 @@ import sys
 from typing import NamedTuple
 
 from mopo_cli import __version__
+from mopo_cli.base import invocation
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.processes import is_main
 
@@ -207,6 +208,7 @@ def quoted(override: str, command: Command) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Exit status: 0 done, 1 the run failed, 2 bad config or input, 130 interrupted and resumable."""
     argv = sys.argv[1:] if argv is None else argv
+    invocation.begin(argv)
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a user's own scorer lies there
     try:

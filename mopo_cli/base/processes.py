@@ -24,6 +24,11 @@ def alone() -> bool:
     return os.environ.get("WORLD_SIZE", "1") == "1"
 
 
+def interrupt(signum: int, frame: object) -> None:
+    """A signal handler: what SIGTERM does is what Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
 def build_accelerator() -> Accelerator:
     """Data parallelism or one device; UserError where the launcher asks for more. Numbers stay in model.dtype."""
     from accelerate import Accelerator

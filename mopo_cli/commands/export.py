@@ -16,8 +16,9 @@ from mopo_cli.config import compose
 from mopo_cli.config.schema import ExportConfig
 from mopo_cli.data.directions import directions_of
 from mopo_cli.evaluation.card import model_card
-from mopo_cli.evaluation.entrants import SHARED_SUMMARY, Entrant, finished_run, newest_run
+from mopo_cli.evaluation.entrants import SHARED_SUMMARY, Entrant, finished_run
 from mopo_cli.evaluation.prompts import framed_text
+from mopo_cli.runs.find import newest_run
 from mopo_cli.runs.session import quiet_libraries
 
 PRIVATE = ("training_args.bin", "README.md")  # written anew, or of no use to others
@@ -100,8 +101,8 @@ def write_folder(entrant: Entrant, folder: Path, adapter: bool, merge: bool) -> 
 
 def provenance_of(entrant: Entrant) -> dict[str, Any]:
     path = entrant.run.provenance
-    found = read_json(path) if path.exists() else {}
-    return {key: json.dumps(v, ensure_ascii=False) if isinstance(v, dict | list) else v for key, v in found.items()}
+    values = read_json(path) if path.exists() else {}
+    return {key: json.dumps(v, ensure_ascii=False) if isinstance(v, dict | list) else v for key, v in values.items()}
 
 
 def write_merged(entrant: Entrant, folder: Path) -> None:

@@ -10,7 +10,8 @@ from omegaconf import DictConfig
 from mopo_cli.base.console import say, warn
 from mopo_cli.config import compose, schema
 from mopo_cli.report import page
-from mopo_cli.report.build import build, draw, find, write
+from mopo_cli.report.build import build, draw, write
+from mopo_cli.runs.find import find
 
 
 def command(composed: DictConfig) -> int:

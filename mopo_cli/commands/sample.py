@@ -17,12 +17,13 @@ from mopo_cli.config import compose
 from mopo_cli.config.schema import SampleConfig
 from mopo_cli.data.directions import directions_of, parsed
 from mopo_cli.data.prepare import resolve_objectives
-from mopo_cli.evaluation.entrants import MODEL_FILES, Entrant, finished_run, newest_run
+from mopo_cli.evaluation.entrants import MODEL_FILES, Entrant, finished_run
 from mopo_cli.evaluation.loading import encoder_of, load_policy, load_run, model_of
 from mopo_cli.evaluation.prompts import in_form_of, known_example
 from mopo_cli.evaluation.records import Models
 from mopo_cli.evaluation.responses import POLICY_SEED, REFERENCE_SEED, sampled_responses
 from mopo_cli.judging.judges import JudgedResponses, PreferenceFeatures, own_judge, win_rates
+from mopo_cli.runs.find import newest_run
 from mopo_cli.runs.session import quiet_libraries
 
 Rates = dict[str, list[np.ndarray]]  # by objective, (n,) win rates of each prompt's responses

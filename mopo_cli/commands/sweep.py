@@ -13,8 +13,8 @@ from mopo_cli.base.errors import UserError
 from mopo_cli.config import compose, schema
 from mopo_cli.runs.directory import RunDirectory, open_run
 from mopo_cli.sweeps.board import show_plan
-from mopo_cli.sweeps.engine import Sweep, _record, check
-from mopo_cli.sweeps.eta import estimate
+from mopo_cli.sweeps.engine import Sweep, check, record_of
+from mopo_cli.sweeps.eta import expected
 from mopo_cli.sweeps.points import (
     check_different,
     compose_point,
@@ -26,7 +26,7 @@ from mopo_cli.sweeps.points import (
     settings_of,
 )
 from mopo_cli.sweeps.pools import start_server
-from mopo_cli.sweeps.results import earlier_runs
+from mopo_cli.sweeps.results import earlier_runs, ended_runs
 
 OWN = ("sweep", "launcher", "sweeper")
 GIVEN_ANEW = ("sweep.name", "sweep.dir", "sweep.retry", "sweep.dry_run")  # left out of the command that goes on
@@ -34,13 +34,13 @@ GIVEN_ANEW = ("sweep.name", "sweep.dir", "sweep.retry", "sweep.dry_run")  # left
 
 def command(overrides: Sequence[str], user_config_dir: str | None, show_config: bool) -> int:
     """Run every point; exit status 1 when one failed."""
-    own = [o for o in overrides if key_of(o).partition(".")[0] in OWN]
-    asked = [o for o in overrides if o not in own]
-    first = [first_choice(override) for override in parse(asked)]
+    of_sweep = [o for o in overrides if key_of(o).partition(".")[0] in OWN]
+    of_points = [o for o in overrides if o not in of_sweep]
+    first = [first_choice(override) for override in parse(of_points)]
     _check_own_directories(first)
     compose.check_experiment("sweep", first, user_config_dir)
     preset = [override for override in first if key_of(override) == "experiment"]
-    composed = compose.compose("sweep", [*own, *preset], user_config_dir)  # the points are composed each by itself
+    composed = compose.compose("sweep", [*of_sweep, *preset], user_config_dir)  # the points are composed each by itself
     settings: schema.SweepConfig = compose.typed(composed.sweep, schema.SweepConfig, "sweep.")
     if not show_config and not settings.dry_run:
         start_server()  # it imports what runs need while their configs are composed
@@ -48,29 +48,30 @@ def command(overrides: Sequence[str], user_config_dir: str | None, show_config: 
     directory = Path(settings.dir).expanduser()
     sweeper.check()
     earlier = earlier_runs(directory)
-    grids = preset_grids(composed, asked)
+    grids = preset_grids(composed, of_points)
     points = sweeper.open(grids, settings.zip, [overrides for _, overrides in earlier])
-    known = [compose_point(point, directory, user_config_dir) for point in points.known()]
+    composed_trials = [compose_point(point, directory, user_config_dir) for point in points.known()]
     if len(grids) > 1:
-        check_different(known)
+        check_different(composed_trials)
     if show_config:
-        print(compose.to_yaml(known[0].composed), end="")
+        print(compose.to_yaml(composed_trials[0].composed), end="")
         return 0
     launcher.check()
-    trials = known_runs(known, directory)
+    trials = known_runs(composed_trials, directory)
     check(trials, directory, settings)
-    expected = estimate([(settings_of(trial), trial.run) for trial in trials], directory)
+    ended = ended_runs(directory)
+    seconds = expected({trial.point.id: settings_of(trial) for trial in trials}, ended)
     if settings.dry_run:
-        show_plan(directory, [(trial.run, _record(trial)) for trial in trials], points.total, settings.retry, expected)
+        records = [record_of(trial) for trial in trials]
+        show_plan(directory, records, points.total, settings.retry, seconds, len(ended))
         return 0
     again = ["mopo", "sweep", *_config_dir(user_config_dir), *(o for o in overrides if key_of(o) not in GIVEN_ANEW)]
     lock = open_run(RunDirectory(directory))  # a second `mopo sweep` here is refused until this process has gone
     try:
-        by_point = dict(zip((trial.point.id for trial in known), trials, strict=True))
+        by_point = dict(zip((trial.point.id for trial in composed_trials), trials, strict=True))
         sweep = Sweep(directory, settings.retry, points, by_point, user_config_dir)
-        return sweep.run(
-            launcher, earlier, expected, shlex.join([*again, f"sweep.dir={compose.in_grammar(str(directory))}"])
-        )
+        again.append(f"sweep.dir={compose.in_grammar(str(directory))}")
+        return sweep.run(launcher, earlier, list(seconds.values()), shlex.join(again))
     finally:
         lock.close()
 

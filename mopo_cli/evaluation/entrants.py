@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from mopo_cli.config.schema import EvalConfig, TrainConfig
 from mopo_cli.data.prepare import as_text
 from mopo_cli.data.readers import read_rows
 from mopo_cli.runs.directory import RunDirectory
+from mopo_cli.runs.find import expanded, is_sweep, newest_run
+from mopo_cli.runs.record import read_finished
 
 MODEL_FILES = ("config.json", "adapter_config.json")
 SHARED_SUMMARY = "mopo_summary.json"  # a run's summary.json in the folder that `mopo export` writes
@@ -57,8 +59,8 @@ class Entrant:
     def condition(self) -> str:
         """What stands in front of each prompt when a run's policy is asked, also where it was exported to."""
         shared = self.model / SHARED_SUMMARY
-        told = read_json(shared) if self.kind == "model" and shared.is_file() else self.summary
-        return str(told.get("condition") or "")
+        summary = read_json(shared) if self.kind == "model" and shared.is_file() else self.summary
+        return str(summary.get("condition") or "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,57 +69,46 @@ class Unfinished:
     reason: str
 
 
-def newest_run(root: Path = Path("outputs/train")) -> Path:
-    """The run that was finished last under `root`; UserError where there is none."""
-    finished = sorted(root.glob("*/summary.json"), key=lambda path: path.stat().st_mtime)
-    if not finished:
-        raise UserError(f"run: no finished run under {root}/; give one by run=DIR, or train one with `mopo train`")
-    return finished[-1].parent
-
-
 def find_entrants(config: EvalConfig) -> tuple[list[Entrant], list[Unfinished]]:
     """Everything that is to be evaluated, named apart, and the runs that have no results to evaluate.
 
     One run or model that was named outright must be there and whole: UserError. Of many, what is not is left out.
     """
-    asked, files = _listed(config.run), _listed(config.responses)
-    if not asked and not files:
-        asked = [config.model.path] if config.model.path else [str(newest_run())]
-    paths = [path for pattern in asked for path in _expanded(pattern, "run")]
+    patterns, files = _listed(config.run), _listed(config.responses)
+    if not patterns and not files:
+        patterns = [config.model.path] if config.model.path else [str(newest_run())]
+    paths = [path for pattern in patterns for path in _expanded(pattern, "run")]
     files = [path for pattern in files for path in _expanded(pattern, "responses")]
-    found, unfinished = [], []
+    entrants, unfinished = [], []
     alone = len(paths) == 1
     for path in dict.fromkeys(paths):
         try:
-            found.append(_entrant(path, config))
+            entrants.append(_entrant(path, config))
         except UserError as error:
             if alone:
                 raise
             unfinished.append(Unfinished(path, _reason(path, str(error))))
-    found += [Entrant(Path(path).name, path, "responses", rows=read_answers(path)) for path in dict.fromkeys(files)]
-    if not found:
-        told = "; ".join(f"{one.path} ({one.reason})" for one in unfinished)
-        raise UserError(f"run={config.run}: no finished run among {len(unfinished)}: {told}")
-    return _named_apart(found), unfinished
+    entrants += [Entrant(Path(path).name, path, "responses", rows=read_answers(path)) for path in dict.fromkeys(files)]
+    if not entrants:
+        reasons = "; ".join(f"{run.path} ({run.reason})" for run in unfinished)
+        raise UserError(f"run={config.run}: no finished run among {len(unfinished)}: {reasons}")
+    return _named_apart(entrants), unfinished
 
 
 def _listed(value: Any) -> list[str]:
     if value is None:
         return []
-    return [str(one) for one in value] if isinstance(value, list | tuple) else [str(value)]
+    return [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)]
 
 
 def _expanded(pattern: str, key: str) -> list[str]:
-    """The directories or files that a pattern stands for; the runs of a sweep's directory."""
-    path = Path(pattern).expanduser()
-    if (path / "runs").is_dir() and not (path / "summary.json").exists():
-        return sorted(str(one) for one in (path / "runs").iterdir() if one.is_dir())
-    if path.exists() or not glob.has_magic(pattern):
-        return [str(path)]
-    found = sorted(one for one in glob.glob(str(path)) if key == "responses" or Path(one).is_dir())
-    if not found:
+    """The directories or files that a pattern stands for; what is no pattern stands for itself, there or not."""
+    if not glob.has_magic(pattern) and not is_sweep(Path(pattern).expanduser()):
+        return [str(Path(pattern).expanduser())]
+    paths = [str(path) for path in expanded(pattern) if key == "responses" or path.is_dir()]
+    if not paths:
         raise UserError(f"{key}={pattern}: nothing there")
-    return found
+    return paths
 
 
 def _entrant(path: str, config: EvalConfig) -> Entrant:
@@ -126,17 +117,14 @@ def _entrant(path: str, config: EvalConfig) -> Entrant:
         return finished_run(path)
     if any((run.path / name).is_file() for name in MODEL_FILES) or path == config.model.path:
         return Entrant(run.path.name, path, "model")
-    raise UserError(f"run={path}: no finished run there (it has no summary.json and model/)")
+    return finished_run(path)
 
 
 def finished_run(path: str, key: str = "run") -> Entrant:
     """A finished run with its config and results; UserError where there is none, or its files are torn."""
-    run = RunDirectory(Path(path).expanduser())
-    if not run.summary.exists() or not run.model.is_dir():
-        raise UserError(f"{key}={path}: no finished run there (it has no summary.json and model/)")
-    summary = run.results()
-    trained = compose.typed(OmegaConf.create(run.settings()), TrainConfig)
-    return Entrant(run.path.resolve().name, str(run.path), "run", trained, summary)
+    record = read_finished(path, key)
+    trained = compose.typed(OmegaConf.create(RunDirectory(record.path).settings()), TrainConfig)
+    return Entrant(record.id, str(record.path), "run", trained, dict(record.summary))
 
 
 def _reason(path: str, otherwise: str) -> str:
@@ -170,8 +158,8 @@ def check_alike(entrants: Sequence[Entrant]) -> None:
         if entrant.trained is not None:
             sets.setdefault(tuple(sorted(entrant.trained.objectives)), []).append(entrant.name)
     if len(sets) > 1:
-        told = "; ".join(f"{', '.join(names)} in {_some(runs)}" for names, runs in sets.items())
-        raise UserError(f"run: runs with different objectives cannot be compared: {told}. Evaluate them apart")
+        texts = "; ".join(f"{', '.join(names)} in {_some(runs)}" for names, runs in sets.items())
+        raise UserError(f"run: runs with different objectives cannot be compared: {texts}. Evaluate them apart")
 
 
 def _some(names: Sequence[str]) -> str:
@@ -184,19 +172,18 @@ def read_answers(path: str) -> dict[str, Answered]:
     """The rows of a file of responses by prompt, all responses to one prompt together; UserError at a bad row."""
     if not Path(path).is_file():
         raise UserError(f"responses={path}: no such file")
-    found: dict[str, Answered] = {}
-    for where, row in read_rows(path):
-        one = _answered(row, where)
-        key = as_text(one.prompt)
-        if key in found:
-            before = found[key]
-            one = Answered(
-                before.prompt, before.responses + one.responses, before.reference + one.reference, before.context
+    rows: dict[str, Answered] = {}
+    for where, values in read_rows(path):
+        row = _answered(values, where)
+        earlier = rows.get(as_text(row.prompt))
+        if earlier is not None:
+            row = replace(
+                earlier, responses=earlier.responses + row.responses, reference=earlier.reference + row.reference
             )
-        found[key] = one
-    if not found:
+        rows[as_text(row.prompt)] = row
+    if not rows:
         raise UserError(f"responses={path}: holds no rows")
-    return found
+    return rows
 
 
 def _answered(row: dict[str, Any], where: str) -> Answered:
@@ -205,10 +192,9 @@ def _answered(row: dict[str, Any], where: str) -> Answered:
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt
     )
     if not (isinstance(prompt, str) or (conversation and prompt)):
-        found = ", ".join(row) or "nothing"
-        raise UserError(f"{where}: prompt must be a string or a list of messages; the row has {found}")
-    given = row.get("responses", row.get("response"))
-    responses = _texts(given, where, "response (or responses)")
+        keys = ", ".join(row) or "nothing"
+        raise UserError(f"{where}: prompt must be a string or a list of messages; the row has {keys}")
+    responses = _texts(row.get("responses", row.get("response")), where, "response (or responses)")
     if not responses:
         raise UserError(f"{where}: response (or responses) is missing; the row has {', '.join(row)}")
     return Answered(prompt, responses, _texts(row.get("reference"), where, "reference"), str(row.get("context") or ""))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import platform
 import resource
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ import transformers
 
 from mopo_cli import __version__
 from mopo_cli.algorithms.contract import Aligned
+from mopo_cli.base import invocation
 from mopo_cli.base.types import Objective
 from mopo_cli.config.compose import algorithm_name
 from mopo_cli.config.schema import TrainConfig
@@ -115,7 +115,7 @@ class Outcome:
                 "transformers": transformers.__version__,
             },
             "seed": self.config.seed,
-            "command": shlex.join(["mopo", *sys.argv[1:]]),
+            "command": invocation.line(),
         }
 
 

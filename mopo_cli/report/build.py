@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import glob
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from datetime import datetime
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from mopo_cli.base.console import stage
 from mopo_cli.base.errors import UserError
-from mopo_cli.base.files import read_json, write_atomic
-from mopo_cli.config import schema
+from mopo_cli.base.files import write_atomic
 from mopo_cli.report import charts, groups, page
 from mopo_cli.report.quality import quality
 from mopo_cli.report.theme import save
 from mopo_cli.runs.directory import RunDirectory
-from mopo_cli.runs.record import ReportedRun, objective_sets, read_run, value_of, varying_settings
+from mopo_cli.runs.find import read_sweep
+from mopo_cli.runs.record import RunRecord, objective_sets, read_run, value_of, varying_settings
 
 BOOTSTRAP, SAMPLES, SEED = 500, 20, 0  # of the reports that runs and sweeps end with
 
@@ -43,118 +39,9 @@ def draw_sweep(directory: Path) -> list[Path]:
     return draw(build(read_sweep(directory), "sweep", directory, bootstrap=0), directory / "figures")
 
 
-# --------------------------------------------------------------------------------------------- which runs
-def find(settings: schema.ReportConfig) -> tuple[list[ReportedRun], str, Path]:
-    """The runs asked for, what they are together, and where their report belongs."""
-    if settings.run:
-        path = _directory(settings.run, "run")
-        return [read_run(path)], "run", path
-    if settings.sweep:
-        path = _directory(settings.sweep, "sweep")
-        return read_sweep(path), "sweep", path
-    if settings.runs is not None:
-        place = Path("outputs/report") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        return read_many(settings.runs), "comparison", place
-    path = newest()
-    return (read_sweep(path), "sweep", path) if _is_sweep(path) else ([read_run(path)], "run", path)
-
-
-def _directory(text: str, key: str) -> Path:
-    path = Path(text).expanduser()
-    if not path.is_dir():
-        raise UserError(f"{key}={text}: no such directory")
-    if key == "run" and _is_sweep(path):
-        raise UserError(f"run={text}: this is a sweep; give it as sweep={text}")
-    if key == "sweep" and not _is_sweep(path):
-        raise UserError(f"sweep={text}: no sweep there (it has no sweep.json and no runs/)")
-    return path
-
-
-def _is_sweep(path: Path) -> bool:
-    return (path / "sweep.json").exists() or (path / "runs").is_dir()
-
-
-def newest(root: Path = Path("outputs")) -> Path:
-    """The run or sweep that ended last under `root`; UserError where there is none."""
-    found = [*root.glob("train/*/summary.json"), *root.glob("sweep/*/sweep.json")]
-    if not found:
-        raise UserError(f"no run or sweep under {root}/; give one by run=DIR, sweep=DIR or runs=[DIR,DIR]")
-    return max(found, key=lambda path: path.stat().st_mtime).parent
-
-
-def read_many(patterns: Sequence[str]) -> list[ReportedRun]:
-    """The runs in these directories, or in those that match these patterns; a sweep stands for all of its runs."""
-    if not patterns:
-        raise UserError("runs=[]: must name a run directory at least")
-    paths: list[Path] = []
-    for pattern in patterns:
-        paths += _matching(pattern)
-    unique = list({path.resolve(): path for path in paths}.values())
-    names = _names(unique)
-    return [read_run(path, name) for path, name in zip(unique, names, strict=True)]
-
-
-def _matching(pattern: str) -> list[Path]:
-    text = str(Path(pattern).expanduser())
-    literal = Path(text).is_dir()  # a directory's own name may hold what is special in a pattern
-    found = [Path(text)] if literal else [Path(p) for p in sorted(glob.glob(text)) if Path(p).is_dir()]
-    found = [run for path in found for run in (sorted((path / "runs").glob("*/")) if _is_sweep(path) else [path])]
-    kept = [path for path in found if literal or any((path / f).exists() for f in ("config.yaml", "status.json"))]
-    if not kept:
-        raise UserError(f"runs: {pattern} matches no run directory")
-    return kept
-
-
-def _names(paths: Sequence[Path]) -> list[str]:
-    """The directories' names, with as many parents as tell them apart."""
-    for depth in range(1, 1 + max(len(path.resolve().parts) for path in paths)):
-        names = ["/".join(path.resolve().parts[-depth:]) for path in paths]
-        if len(set(names)) == len(names):
-            return names
-    return [str(path) for path in paths]
-
-
-def read_sweep(directory: Path) -> list[ReportedRun]:
-    """The runs of a sweep in the order of its sweep.json; those that it does not name yet come after."""
-    records = _records(directory)
-    runs = []
-    for record in records:
-        path = directory / "runs" / record["id"]
-        overrides = record.get("overrides")
-        varying = overrides if isinstance(overrides, dict) else {}
-        runs.append(_of_sweep(path, record, varying))
-    listed = {run.id for run in runs}
-    places = sorted(path for path in (directory / "runs").glob("*/") if path.name not in listed)
-    runs += [read_run(path) for path in places if (path / "status.json").exists() or (path / "config.yaml").exists()]
-    if not runs:
-        raise UserError(f"sweep={directory}: none of its runs has begun")
-    return runs
-
-
-def _records(directory: Path) -> list[dict[str, Any]]:
-    """What sweep.json says of its runs; nothing where it is not whole: the runs' own directories tell enough."""
-    try:
-        values = read_json(directory / "sweep.json")
-    except UserError:
-        return []
-    found = values.get("runs") if isinstance(values, dict) else None
-    return [r for r in found if isinstance(r, dict) and isinstance(r.get("id"), str)] if isinstance(found, list) else []
-
-
-def _of_sweep(path: Path, record: Mapping[str, Any], varying: Mapping[str, Any]) -> ReportedRun:
-    error = str(record["error"]) if record.get("error") else None
-    try:
-        run = read_run(path, record["id"], varying)
-    except UserError:  # it never began
-        texts = {key: str(value) for key, value in varying.items()}
-        state = str(record.get("state") or "not started")
-        return ReportedRun(record["id"], path, state, {}, texts, {}, [], [], {}, error)
-    return run if run.finished or run.problem else replace(run, problem=error)
-
-
 # --------------------------------------------------------------------------------------------- the report
 def build(
-    runs: Sequence[ReportedRun],
+    runs: Sequence[RunRecord],
     kind: str,
     place: Path,
     samples: int = SAMPLES,
@@ -172,7 +59,7 @@ def build(
     return page.Report(title, kind, str(place), runs, sections, notices(runs), samples)
 
 
-def notices(runs: Sequence[ReportedRun]) -> list[str]:
+def notices(runs: Sequence[RunRecord]) -> list[str]:
     """What a reader must know before comparing these runs."""
     texts = []
     sets = [group for group in objective_sets(runs) if group[0].names]

@@ -12,7 +12,7 @@ import numpy as np
 
 from mopo_cli.maths import pareto
 from mopo_cli.report.theme import HUES, NAMED, one_line
-from mopo_cli.runs.record import METHOD, ReportedRun, value_of
+from mopo_cli.runs.record import METHOD, RunRecord, value_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +42,14 @@ class Figure:
 class Group:
     """The runs of one objective set, and how they are told apart."""
 
-    runs: Sequence[ReportedRun]
+    runs: Sequence[RunRecord]
     names: tuple[str, ...]
     settings: Mapping[str, list[str]]  # those that vary, with their values in order
     exact: bool  # every finished run knows its exact win rates
     labels: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def ended(self) -> list[ReportedRun]:
+    def ended(self) -> list[RunRecord]:
         return [run for run in self.runs if run.finished]
 
     @property
@@ -66,7 +66,7 @@ class Group:
         return np.array([run.points(self.exact) for run in self.ended]).reshape(-1, len(self.names))
 
 
-def group_of(runs: Sequence[ReportedRun], settings: Mapping[str, list[str]]) -> Group:
+def group_of(runs: Sequence[RunRecord], settings: Mapping[str, list[str]]) -> Group:
     ended = [run for run in runs if run.finished]
     varying = {key: values for key, values in settings.items() if len({value_of(run, key) for run in runs}) > 1}
     labels = {run.id: _label(run, varying) for run in runs}
@@ -75,7 +75,7 @@ def group_of(runs: Sequence[ReportedRun], settings: Mapping[str, list[str]]) -> 
     return Group(runs, runs[0].names, varying, bool(ended) and all(run.exact for run in ended), labels)
 
 
-def _label(run: ReportedRun, settings: Mapping[str, list[str]]) -> str:
+def _label(run: RunRecord, settings: Mapping[str, list[str]]) -> str:
     if METHOD in settings:  # what other methods are told is not its own
         keys = [key for key in settings if key != METHOD and value_of(run, key) not in ("", "null")]
         parts = [
@@ -139,7 +139,7 @@ def _front(group: Group) -> dict[str, bool]:
     return front
 
 
-def _row(group: Group, run: ReportedRun, front: bool | None, axes: tuple[int, int] | None) -> dict[str, Any]:
+def _row(group: Group, run: RunRecord, front: bool | None, axes: tuple[int, int] | None) -> dict[str, Any]:
     oracle = run.summary.get("oracle") or {}
     row: dict[str, Any] = {
         "run": run.id,
@@ -167,7 +167,7 @@ def _row(group: Group, run: ReportedRun, front: bool | None, axes: tuple[int, in
     return {key: _rounded(value) for key, value in row.items() if value is not None}
 
 
-def aimed(run: ReportedRun) -> bool:
+def aimed(run: RunRecord) -> bool:
     """Whether (P) is what a run was to solve: thresholds were asked, or there is nothing to ask them of."""
     return len(run.objectives) == 1 or any(r.threshold is not None for r in run.objectives.values())
 
@@ -187,19 +187,19 @@ def shape_setting(group: Group) -> str | None:
     return None if group.by_run or len(fitting) < 2 else fitting[1]
 
 
-def colour_of(group: Group, run: ReportedRun) -> str:
+def colour_of(group: Group, run: RunRecord) -> str:
     if group.by_run:
         return group.labels[run.id]
     key = colour_setting(group)
     return value_of(run, key) if key else "runs"
 
 
-def shape_of(group: Group, run: ReportedRun) -> str:
+def shape_of(group: Group, run: RunRecord) -> str:
     key = shape_setting(group)
     return value_of(run, key) if key else "run"
 
 
-def _steps(run: ReportedRun, names: Sequence[str], most: int) -> list[dict[str, Any]]:
+def _steps(run: RunRecord, names: Sequence[str], most: int) -> list[dict[str, Any]]:
     """At most so many lines of metrics.jsonl at which something was measured anew, in short keys."""
     keys = {"kl": "kl", **{short: key for short, (key, _) in PAIRS.items()}}
     for k, name in enumerate(names):

@@ -20,7 +20,7 @@ from mopo_cli import __version__
 from mopo_cli.report import groups, theme
 from mopo_cli.report.groups import Figure, Group
 from mopo_cli.report.quality import Quality
-from mopo_cli.runs.record import METHOD, ReportedRun, shown, value_of, varying_settings
+from mopo_cli.runs.record import METHOD, RunRecord, shown, value_of, varying_settings
 
 SAMPLE_BUDGET = 1_000_000  # characters of responses in a page
 LONGEST = 4000  # characters shown of one text
@@ -45,7 +45,7 @@ class Report:
     title: str
     kind: str  # run, sweep or comparison
     place: str
-    runs: Sequence[ReportedRun]
+    runs: Sequence[RunRecord]
     sections: Sequence[Section]
     notices: Sequence[str]
     prompts: int  # shown side by side
@@ -130,7 +130,7 @@ def library() -> str:
     return script
 
 
-def payload(report: Report, columns: Sequence[Column], rows: Sequence[tuple[ReportedRun, list[Cell]]]) -> Any:
+def payload(report: Report, columns: Sequence[Column], rows: Sequence[tuple[RunRecord, list[Cell]]]) -> Any:
     """What the page's script works on."""
     return {
         "config": theme.CONFIG,
@@ -159,7 +159,7 @@ def _columnar(data: Mapping[str, list[dict[str, Any]]]) -> dict[str, dict[str, l
 
 
 # --------------------------------------------------------------------------------------------- tables
-def table(report: Report) -> tuple[list[Column], list[tuple[ReportedRun, list[Cell]]]]:
+def table(report: Report) -> tuple[list[Column], list[tuple[RunRecord, list[Cell]]]]:
     """A row a run: state, settings that vary, win rates, thresholds kept, KL, front."""
     settings = list(varying_settings(report.runs))[:COLUMNS]
     names = list(dict.fromkeys(name for run in report.runs for name in run.names))
@@ -191,7 +191,7 @@ def table(report: Report) -> tuple[list[Column], list[tuple[ReportedRun, list[Ce
     return columns, rows
 
 
-def _numeric(runs: Sequence[ReportedRun], key: str) -> bool:
+def _numeric(runs: Sequence[RunRecord], key: str) -> bool:
     return all(isinstance(_sortable(value_of(run, key)), float) for run in runs if value_of(run, key))
 
 
@@ -207,7 +207,7 @@ def _number(value: float | None, digits: int) -> Cell:
     return Cell() if value is None else Cell(f"{value:.{digits}f}", float(f"{value:.6g}"))
 
 
-def _rates(run: ReportedRun, name: str, exact: bool) -> list[Cell]:
+def _rates(run: RunRecord, name: str, exact: bool) -> list[Cell]:
     result = run.objectives.get(name)
     if result is None or result.win_rate is None or result.ci95 is None:
         return [Cell()] * (1 + exact)
@@ -221,7 +221,7 @@ def _verdict(satisfied: bool | None) -> Cell:
     return Cell() if satisfied is None else Cell(*("kept", 1, "yes") if satisfied else ("broken", 0, "no"))
 
 
-def objective_table(run: ReportedRun) -> list[tuple[Column, list[Cell]]]:
+def objective_table(run: RunRecord) -> list[tuple[Column, list[Cell]]]:
     """The final table of one run, a row an objective: its columns that say something."""
     accuracy = run.summary.get("heldout_accuracy") or {}
     constrained = len(run.objectives) == 1 or any(r.threshold is not None for r in run.objectives.values())
@@ -243,7 +243,7 @@ def objective_table(run: ReportedRun) -> list[tuple[Column, list[Cell]]]:
     return [(column, cells) for column, cells in columns if any(cell.text for cell in cells)]
 
 
-def facts(run: ReportedRun) -> list[tuple[str, str]]:
+def facts(run: RunRecord) -> list[tuple[str, str]]:
     """What else is worth knowing of one run, as a heading and a text each."""
     summary = run.summary
     train, oracle = summary.get("train") or {}, summary.get("oracle") or {}
@@ -379,17 +379,17 @@ def config_text(report: Report, common: Mapping[str, Any]) -> str:
     return yaml.dump(nested, Dumper=dumper, sort_keys=False, allow_unicode=True) if nested else ""
 
 
-def common_settings(runs: Sequence[ReportedRun]) -> dict[str, Any]:
+def common_settings(runs: Sequence[RunRecord]) -> dict[str, Any]:
     first, *others = [run.settings for run in runs if run.settings] or [{}]
     return {k: v for k, v in first.items() if all(k in other and other[k] == v for other in others)}
 
 
-def own_settings(run: ReportedRun, common: Mapping[str, Any]) -> list[tuple[str, str]]:
+def own_settings(run: RunRecord, common: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What a run's config has besides what all runs have in common."""
     return [(key, shown(value)) for key, value in run.settings.items() if key not in common]
 
 
-def command_of(run: ReportedRun) -> str:
+def command_of(run: RunRecord) -> str:
     """The command that makes this run again: the one it was made by; of a sweep, for this point alone."""
     text = str(run.summary.get("command") or "")
     try:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import os
+import re
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from omegaconf import OmegaConf
 
 from mopo_cli.base.errors import UserError
-from mopo_cli.base.files import flat, read_json, write_json
+from mopo_cli.base.files import read_json, write_json
+from mopo_cli.base.text import flat, one_line, shown
 from mopo_cli.config.compose import with_current_names
 
-STATES = ("running", "done", "infeasible", "failed", "interrupted")
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+ENDED = ("done", "infeasible")
+STATES = ("running", *ENDED, "failed", "interrupted")
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a file system that has none
 FREE_ON_RESUME = (
     "run",
     "sweep",
@@ -24,6 +35,19 @@ FREE_ON_RESUME = (
     "token_budget",
     "evaluation",
 )  # change no trained number
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Reads as OmegaConf does, whose own parser is ten times slower: 1e-05 is a number, and a date is text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 @dataclass(frozen=True)
@@ -90,6 +114,13 @@ class RunDirectory:
             raise UserError(f"{self.status}: state is {state!r}; must be one of {', '.join(STATES)}")
         return state
 
+    def known_state(self) -> str:
+        """The state, or "unknown" where nothing tells it."""
+        try:
+            return self.state() or "unknown"
+        except UserError:
+            return "unknown"
+
     def set_state(self, state: str, step: int | None = None, error: str | None = None) -> None:
         """Write status.json; the step stays what it was unless given."""
         if step is None and self.status.exists():
@@ -99,17 +130,17 @@ class RunDirectory:
 
     def settings(self) -> dict[str, Any]:
         """The resolved config that the run was started with; UserError where config.yaml is missing or broken."""
-        import yaml
-        from omegaconf import OmegaConf
-
         try:
-            values = OmegaConf.to_container(OmegaConf.load(self.config), resolve=True)
+            text = self.config.read_text(encoding="utf-8")
+            values = yaml.load(text, _Loader)
         except FileNotFoundError:
             raise UserError(f"{self.config}: no such file; {self.path} holds no run") from None
         except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{self.config}: cannot be read ({' '.join(str(error).split())})") from None
+            raise UserError(f"{self.config}: cannot be read ({one_line(error)})") from None
         if not isinstance(values, dict) or not values:
             raise UserError(f"{self.config}: holds no config; the run may have been cut off")
+        if "${" in text:  # somebody's own hand: a run writes what it has resolved
+            values = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
         return with_current_names(values)
 
     def results(self) -> dict[str, Any]:
@@ -132,14 +163,18 @@ def claim(path: str | Path, resume: bool) -> RunDirectory:
             raise UserError(f"run.resume=true, but run.dir={path} holds no run to go on with")
         return run
     if locked(run):
-        raise UserError(f"run.dir={path}: a run is going on there now; choose another run.dir or run.name")
+        raise _taken(path)
     if resume:
         _check_resumable(run)
         return run
     raise UserError(
-        f"run.dir={path}: already in use (state: {_known_state(run)}). "
+        f"run.dir={path}: already in use (state: {run.known_state()}). "
         "Choose another run.dir or run.name, or go on with it by run.resume=true"
     )
+
+
+def _taken(path: str | Path) -> UserError:
+    return UserError(f"run.dir={path}: a run is going on there now; choose another run.dir or run.name")
 
 
 def check_place(path: Path) -> None:
@@ -153,56 +188,56 @@ def check_place(path: Path) -> None:
         raise UserError(f"run.dir={path}: no permission to write in {above}")
 
 
-def _known_state(run: RunDirectory) -> str:
-    try:
-        return run.state() or "unknown"
-    except UserError:
-        return "unknown"
-
-
 def _check_resumable(run: RunDirectory) -> None:
     state = run.state()
     if state is None:
         raise UserError(f"run.resume=true, but run.dir={run.path} holds no run (no status.json)")
-    if state in ("done", "infeasible"):
+    if state in ENDED:
         raise UserError(f"run.resume=true, but the run in run.dir={run.path} has ended (state: {state})")
 
 
-def open_run(run: RunDirectory) -> TextIO:
-    """Create the directory and hold it: no other process gets it until the returned file is closed, or this one ends.
+def open_run(run: RunDirectory) -> ExitStack:
+    """Create the directory and hold it: no other process gets it until the result is closed, or this process ends.
 
     A lock, not a process id in a file: the kernel lets go of it however the process ends, and ids come round again.
     """
+    from filelock import Timeout
+
+    lock = _lock_of(run)
     try:
         run.path.mkdir(parents=True, exist_ok=True)
-        file = open(_lock_of(run), "a", encoding="utf-8")  # noqa: SIM115 (the caller closes it)
+        lock.acquire()
+    except Timeout:
+        raise _taken(run.path) from None
+    except NotImplementedError:  # a file system without locks
+        pass
     except OSError as error:
-        raise UserError(f"run.dir={run.path}: cannot be created ({error.strerror})") from error
-    if not _take(file):
-        file.close()
-        raise UserError(f"run.dir={run.path}: a run is going on there now; choose another run.dir or run.name")
-    return file
+        if error.errno not in WITHOUT_LOCKS:
+            raise UserError(f"run.dir={run.path}: cannot be created ({error.strerror})") from error
+    held = ExitStack()
+    held.callback(lock.release)
+    return held
 
 
-def _lock_of(run: RunDirectory) -> Path:
-    return run.path / ".lock"
+def _lock_of(run: RunDirectory) -> FileLock:
+    from filelock import FileLock  # here, as it takes longer to import than all else that finds a run
 
-
-def _take(file: TextIO) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True
+    return FileLock(run.path / ".lock", timeout=0, thread_local=False)
 
 
 def locked(run: RunDirectory) -> bool:
-    if not _lock_of(run).exists():
+    """Whether a process has this run now."""
+    if not (run.path / ".lock").exists():
         return False
-    with open(_lock_of(run), "a", encoding="utf-8") as file:
-        return not _take(file)
+    from filelock import Timeout
+
+    try:
+        with _lock_of(run):
+            return False
+    except Timeout:
+        return True
+    except (OSError, NotImplementedError):  # a file system without locks
+        return False
 
 
 # --------------------------------------------------------------------------------------------- going on with one
@@ -211,13 +246,8 @@ def check_same_settings(run: RunDirectory, settings: dict[str, Any]) -> None:
     started, now = dict(flat(run.settings())), dict(flat(settings))
     for key in [*now, *(key for key in started if key not in now)]:
         if key.partition(".")[0] not in FREE_ON_RESUME and started.get(key) != now.get(key):
-            found, asked = shown(started, key), shown(now, key)
+            before, after = shown(started.get(key)), shown(now.get(key))
             raise UserError(
-                f"{key}={asked}: the run in run.dir={run.path} was started with {found}, and goes on with the same "
-                f"settings only (its config.yaml has them). Give {key}={found}, or start another run"
+                f"{key}={after}: the run in run.dir={run.path} was started with {before}, and goes on with the same "
+                f"settings only (its config.yaml has them). Give {key}={before}, or start another run"
             )
-
-
-def shown(values: dict[str, Any], key: str) -> str:
-    value = values.get(key)
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,10 +1,10 @@
-"""What a report knows of a run: everything is read from its directory, and nothing there is trusted to be whole."""
+"""What is known of a run: everything is read from its directory, and nothing there is trusted to be whole."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,13 +12,15 @@ import numpy as np
 
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.files import read_json, read_lines
+from mopo_cli.base.text import flat, shown
 from mopo_cli.config.compose import option_name
-from mopo_cli.runs.directory import RunDirectory
+from mopo_cli.runs.directory import ENDED, RunDirectory, locked
 
 if TYPE_CHECKING:
     from mopo_cli.maths.pareto import Prompts
 
 METHOD = "algorithm"  # the setting that names a run's method
+ORACLE = {"exact": "win_rate", "optimum": "optimum", "reference": "reference"}  # of a Result: by summary.json's key
 NO_SETTING = ("run.", "sweep.", "logger.", "experiment.", "debug", "cache", "log_every", "checkpoint_every")
 
 
@@ -48,29 +50,101 @@ class Answer(NamedTuple):
     scores: Mapping[str, float]
 
 
-@dataclass(frozen=True, slots=True)
-class ReportedRun:
-    """A run directory as the report shows it. `objectives` has the primary first."""
+class RunFiles:
+    """What stands in a run's files beside its results: read once, only where somebody asks; empty where it is torn."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._config: dict[str, Any] = {}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.yaml, nested."""
+        if not self._config:  # it may be written yet
+            try:
+                self._config = RunDirectory(self.path).settings()
+            except UserError:
+                return {}
+        return self._config
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """config.yaml by dotted keys."""
+        return dict(flat(self.config, empty=True))
+
+    @cached_property
+    def history(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        lines = read_lines(RunDirectory(self.path).metrics)
+        return [line for line in lines if isinstance(line, dict) and _is_number(line.get("step"))]
+
+    @cached_property
+    def answers(self) -> list[Answer]:
+        """The lines of samples.jsonl."""
+        return [
+            Answer(str(line.get("prompt", "")), str(line.get("response", "")), line["scores"])
+            for line in read_lines(RunDirectory(self.path).samples)
+            if isinstance(line, dict) and isinstance(line.get("scores"), dict)
+        ]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run as sweeps, reports, `mopo eval`, `mopo sample` and `mopo export` read it."""
 
     id: str
-    path: Path
-    state: str
-    settings: Mapping[str, Any]  # dotted keys
-    varying: Mapping[str, str]  # what a sweep varied
-    objectives: Mapping[str, Result]
-    history: Sequence[Mapping[str, Any]]
-    answers: Sequence[Answer]
-    summary: Mapping[str, Any]  # empty where the run has not ended
-    problem: str | None  # why it has no results
-    method: str = ""  # the algorithm's name; empty where nothing tells
+    files: RunFiles
+    state: str  # as status.json has it; of a sweep's run that has not begun, waiting
+    varying: Mapping[str, str] = field(default_factory=dict)  # what a sweep varied
+    summary: Mapping[str, Any] = field(default_factory=dict)  # empty where the run has not ended
+    problem: str | None = None  # why it has no results
+    order: tuple[str, ...] = ()  # of its objectives, where others decide it
+
+    @property
+    def path(self) -> Path:
+        return self.files.path
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return self.files.settings
+
+    @property
+    def history(self) -> Sequence[Mapping[str, Any]]:
+        return self.files.history
+
+    @property
+    def answers(self) -> Sequence[Answer]:
+        return self.files.answers if self.finished else []
 
     @property
     def finished(self) -> bool:
         return bool(self.summary)
 
     @property
+    def method(self) -> str:
+        """The algorithm's name; empty where nothing tells."""
+        algorithm = self.summary.get(METHOD) or self.files.config.get(METHOD)
+        return option_name(algorithm) if isinstance(algorithm, dict) else str(algorithm or "")
+
+    @property
+    def seconds(self) -> float | None:
+        """Of the attempt that ended it."""
+        return (self.summary.get("train") or {}).get("wall_seconds")
+
+    @cached_property
+    def objectives(self) -> dict[str, Result]:
+        """By name, the primary first: from the summary where there is one, else what the config asks for."""
+        results = _results(self.summary, self.files.config)
+        first = sorted(results, key=lambda name: results[name].role != "primary")
+        return {name: results[name] for name in self.order or first}
+
+    @property
     def names(self) -> tuple[str, ...]:
         return tuple(self.objectives)
+
+    @property
+    def primary(self) -> str | None:
+        return next((name for name, result in self.objectives.items() if result.role == "primary"), None)
 
     @property
     def exact(self) -> bool:
@@ -78,13 +152,13 @@ class ReportedRun:
 
     @property
     def satisfied(self) -> bool | None:
-        """Whether every threshold is kept; None where none was asked, or nothing was measured."""
-        verdicts = [r.satisfied for r in self.objectives.values() if r.satisfied is not None]
+        """Whether every threshold is kept; None where there is none, or nothing was measured."""
+        verdicts = [result.satisfied for result in self.objectives.values() if result.satisfied is not None]
         return all(verdicts) if verdicts else None
 
     @property
-    def primary(self) -> str | None:
-        return next((name for name, r in self.objectives.items() if r.role == "primary"), None)
+    def has_thresholds(self) -> bool:
+        return any(result.threshold is not None for result in self.objectives.values())
 
     @property
     def warnings(self) -> list[str]:
@@ -92,47 +166,54 @@ class ReportedRun:
 
     def points(self, exact: bool) -> np.ndarray:
         """(K,) win rates, exact or on samples."""
-        return np.array([r.exact if exact else r.win_rate for r in self.objectives.values()], np.float64)
+        results = self.objectives.values()
+        return np.array([result.exact if exact else result.win_rate for result in results], np.float64)
+
+    def reached(self, name: str) -> float | None:
+        """The win rate of an objective: exact where it is known, else as evaluated."""
+        result = self.objectives.get(name)
+        return None if result is None else result.win_rate if result.exact is None else result.exact
 
 
-def read_run(path: Path, name: str | None = None, varying: Mapping[str, Any] | None = None) -> ReportedRun:
+# --------------------------------------------------------------------------------------------- reading one
+def read_run(path: Path, name: str | None = None, varying: Mapping[str, Any] | None = None) -> RunRecord:
     """A run directory in whatever state it is; UserError where there is no run at all."""
     run = RunDirectory(path)
     if not any(file.exists() for file in (run.config, run.status, run.summary)):
         raise UserError(f"{path}: no run there (it has no config.yaml, status.json or summary.json)")
-    settings = _settings(run)
     summary, problem = _summary(run)
-    state = _state(run)
-    return ReportedRun(
+    return RunRecord(
         id=name or path.resolve().name,
-        path=path,
-        state=str(summary.get("state") or state) if summary else state,
-        settings=dict(_flat(settings)),
+        files=RunFiles(path),
+        state=str(summary.get("state") or run.known_state()),
         varying={key: shown(value) for key, value in (varying or {}).items()},
-        objectives=_objectives(settings, summary),
-        history=[line for line in read_lines(run.metrics) if isinstance(line, dict) and _is_number(line.get("step"))],
-        answers=_answers(run) if summary else [],
         summary=summary,
         problem=problem or _error(run),
-        method=str(summary.get(METHOD) or _method(settings)),
     )
 
 
-def _method(settings: Mapping[str, Any]) -> str:
-    algorithm = settings.get(METHOD)
-    return option_name(algorithm) if isinstance(algorithm, dict) else ""
+def read_finished(path: str, key: str = "run") -> RunRecord:
+    """A run that has ended, with model and results; UserError (naming `key`) where there is none, or they are torn."""
+    run = RunDirectory(Path(path).expanduser())
+    if not run.summary.exists() or not run.model.is_dir():
+        raise UserError(f"{key}={path}: no finished run there (it has no summary.json and model/)")
+    return RunRecord(run.path.resolve().name, RunFiles(run.path), "done", summary=run.results())
 
 
-def _settings(run: RunDirectory) -> dict[str, Any]:
-    """config.yaml, by the C parser (hundreds of runs are read at once); empty where it is not whole."""
-    import yaml
+def read_point(run: RunDirectory, varying: Mapping[str, str]) -> RunRecord:
+    """A run of a sweep as it is now, with results where it has ended; UserError where its files are torn.
 
-    try:
-        with open(run.config, encoding="utf-8") as file:
-            values = yaml.load(file, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return {}
-    return values if isinstance(values, dict) else {}
+    It waits where it has not begun, and is interrupted where its process has gone without a word.
+    """
+    state, error, summary = "waiting", None, {}
+    if run.status.exists():
+        status = read_json(run.status)
+        state, error = str(status.get("state")), status.get("error")
+        if state == "running" and not locked(run):
+            state = "interrupted"
+    if state in ENDED:
+        summary = run.results()
+    return RunRecord(run.path.name, RunFiles(run.path), state, varying, summary, error)
 
 
 def _summary(run: RunDirectory) -> tuple[dict[str, Any], str | None]:
@@ -150,64 +231,49 @@ def _summary(run: RunDirectory) -> tuple[dict[str, Any], str | None]:
         return {}, f"{run.summary}: not the summary of a run ({type(error).__name__}: {error})"
 
 
-def _state(run: RunDirectory) -> str:
-    try:
-        return run.state() or "unknown"
-    except UserError:
-        return "unknown"
-
-
 def _error(run: RunDirectory) -> str | None:
     try:
-        record = read_json(run.status)
+        status = read_json(run.status)
     except UserError:
         return None
-    error = record.get("error") if isinstance(record, dict) else None
+    error = status.get("error") if isinstance(status, dict) else None
     return str(error) if error else None
 
 
-def _objectives(settings: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Result]:
-    """By name, the primary first: from the summary where there is one, else what the config asks for."""
-    asked = settings.get("objectives")
-    asked = {k: v for k, v in asked.items() if isinstance(v, dict)} if isinstance(asked, dict) else {}
-    found: dict[str, Result] = {}
-    if summary:
-        oracle, duals = summary.get("oracle") or {}, summary.get("duals") or {}
-        for name, o in summary["objectives"].items():
-            found[str(name)] = Result(
-                role=o["role"],
-                threshold=o.get("threshold"),
-                worst=float(asked.get(name, {}).get("worst") or 0.0),
-                win_rate=float(o["win_rate"]),
-                ci95=(float(o["win_rate_ci95"][0]), float(o["win_rate_ci95"][1])),
-                estimated=o.get("estimated_win_rate"),
-                satisfied=o.get("satisfied"),
-                judge=o.get("judge"),
-                dual=duals.get(name),
-                exact=(oracle.get("win_rate") or {}).get(name),
-                optimum=(oracle.get("optimum") or {}).get(name),
-                reference=(oracle.get("reference") or {}).get(name),
-            )
-    else:
-        for name, o in asked.items():
-            threshold: Any = o.get("threshold")
-            found[str(name)] = Result(
-                str(o.get("role", "secondary")),
-                float(threshold) if _is_number(threshold) else None,
-                float(o.get("worst") or 0.0),
-            )
-    return dict(sorted(found.items(), key=lambda item: item[1].role != "primary"))
+def _results(summary: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Result]:
+    nodes = config.get("objectives")
+    nodes = {key: node for key, node in nodes.items() if isinstance(node, dict)} if isinstance(nodes, dict) else {}
+    if not summary:
+        return {str(name): _goal(node) for name, node in nodes.items()}
+    oracle, duals = summary.get("oracle") or {}, summary.get("duals") or {}
+    return {
+        str(name): replace(
+            _goal(nodes.get(name, {})),
+            role=values["role"],
+            threshold=values.get("threshold"),
+            win_rate=float(values["win_rate"]),
+            ci95=(float(values["win_rate_ci95"][0]), float(values["win_rate_ci95"][1])),
+            estimated=values.get("estimated_win_rate"),
+            satisfied=values.get("satisfied"),
+            judge=values.get("judge"),
+            dual=duals.get(name),
+            **{key: (oracle.get(of) or {}).get(name) for key, of in ORACLE.items()},
+        )
+        for name, values in summary["objectives"].items()
+    }
 
 
-def _answers(run: RunDirectory) -> list[Answer]:
-    answers = []
-    for line in read_lines(run.samples):
-        if isinstance(line, dict) and isinstance(line.get("scores"), dict):
-            answers.append(Answer(str(line.get("prompt", "")), str(line.get("response", "")), line["scores"]))
-    return answers
+def _goal(node: Mapping[str, Any]) -> Result:
+    """What a config asks of an objective."""
+    threshold: Any = node.get("threshold")
+    return Result(
+        str(node.get("role", "secondary")),
+        float(threshold) if _is_number(threshold) else None,
+        float(node.get("worst") or 0.0),
+    )
 
 
-def sampled_rates(run: ReportedRun) -> tuple[Prompts, np.ndarray] | None:
+def sampled_rates(run: RunRecord) -> tuple[Prompts, np.ndarray] | None:
     """The prompts of a run's samples and the (P, K) mean win rates of its responses to each; None without samples."""
     by_prompt: dict[str, list[list[float]]] = {}
     for answer in run.answers:
@@ -223,48 +289,33 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def shown(value: Any) -> str:
-    """A setting as one would type it."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, float):
-        return f"{value:g}"
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else str(value)
-
-
 # --------------------------------------------------------------------------------------------- many runs
-def varying_settings(runs: Sequence[ReportedRun]) -> dict[str, list[str]]:
+def varying_settings(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
     """The settings in which the runs differ, with the values each takes in order: a sweep's own, else by comparison."""
     swept = dict.fromkeys(key for run in runs for key in run.varying)
     if swept:
         keys = list(swept)
     else:
-        known = [run for run in runs if run.settings]
-        every = dict.fromkeys(key for run in known for key in run.settings if not key.startswith(NO_SETTING))
-        keys = [key for key in every if _varies(key, known)]
-        keys = [METHOD, *keys] if len({run.method for run in known}) > 1 else keys
+        begun = [run for run in runs if run.settings]
+        every = dict.fromkeys(key for run in begun for key in run.settings if not key.startswith(NO_SETTING))
+        keys = [key for key in every if _varies(key, begun)]
+        keys = [METHOD, *keys] if len({run.method for run in begun}) > 1 else keys
     values = {key: sorted({value_of(run, key) for run in runs} - {""}, key=in_order) for key in keys}
-    return {key: found for key, found in values.items() if found}
+    return {key: texts for key, texts in values.items() if texts}
 
 
-def _varies(key: str, runs: Sequence[ReportedRun]) -> bool:
+def _varies(key: str, runs: Sequence[RunRecord]) -> bool:
     """Whether a setting differs between runs; one of a method's own counts where runs of that method differ."""
-    own = key.startswith(f"{METHOD}.") and key not in (f"{METHOD}.name", f"{METHOD}._target_")
-    methods = {run.method for run in runs} if key.startswith(f"{METHOD}.") else {""}
-    groups = [[run for run in runs if run.method == method] if own else runs for method in methods]
-    named = len(methods) > 1 and key.startswith(f"{METHOD}.") and not own
-    return not named and any(len({shown(run.settings.get(key)) for run in group}) > 1 for group in groups)
+    of_method = key.startswith(f"{METHOD}.")
+    names_it = key in (f"{METHOD}.name", f"{METHOD}._target_")
+    methods = {run.method for run in runs} if of_method else {""}
+    if names_it and len(methods) > 1:
+        return False
+    groups = [runs] if names_it or not of_method else [[r for r in runs if r.method == method] for method in methods]
+    return any(len({shown(run.settings.get(key)) for run in group}) > 1 for group in groups)
 
 
-def value_of(run: ReportedRun, key: str) -> str:
+def value_of(run: RunRecord, key: str) -> str:
     """A setting of a run as text; empty where it has none."""
     if key in run.varying:
         return run.varying[key]
@@ -281,32 +332,10 @@ def in_order(text: str) -> tuple[float, str]:
         return float("inf"), text
 
 
-def objective_sets(runs: Sequence[ReportedRun]) -> list[list[ReportedRun]]:
+def objective_sets(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
     """The runs by the objectives they have and the one that is primary; runs that tell none stand apart."""
-    groups: dict[tuple[Any, ...], list[ReportedRun]] = {}
+    groups: dict[tuple[Any, ...], list[RunRecord]] = {}
     for run in runs:
         groups.setdefault((run.primary, frozenset(run.names)), []).append(run)
-    ordered = [[_as(run, group[0].names) for run in group] for group in groups.values()]
+    ordered = [[replace(run, order=group[0].names) for run in group] for group in groups.values()]
     return sorted(ordered, key=lambda group: (not group[0].names, -len(group)))
-
-
-def _as(run: ReportedRun, names: Sequence[str]) -> ReportedRun:
-    return replace(run, objectives={name: run.objectives[name] for name in names})
-
-
-def numbers(summary: dict[str, Any]) -> dict[str, Any]:
-    """The columns of results.csv that come from a run's summary."""
-    row: dict[str, Any] = {}
-    for name, objective in summary["objectives"].items():
-        row[f"win_rate/{name}"] = objective["win_rate"]
-        row[f"estimated/{name}"] = objective["estimated_win_rate"]
-        row[f"threshold/{name}"] = objective["threshold"]
-        row[f"satisfied/{name}"] = objective["satisfied"]
-    row |= {f"dual/{name}": value for name, value in summary["duals"].items()}
-    oracle = summary.get("oracle")
-    if oracle:
-        row |= {f"exact/{name}": value for name, value in oracle["win_rate"].items()}
-        row |= {f"optimum/{name}": value for name, value in oracle["optimum"].items()}
-        row["gap"] = oracle["gap"]
-    row["kl"] = summary["kl"]
-    return row | {"warnings": len(summary["warnings"])}

@@ -7,10 +7,9 @@ import logging
 import os
 import shlex
 import signal
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -18,10 +17,11 @@ import transformers
 from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
 
+from mopo_cli.base import invocation
 from mopo_cli.base.console import say
 from mopo_cli.base.errors import AcceleratorMemoryError, UserError
 from mopo_cli.base.files import read_json, write_atomic, write_json
-from mopo_cli.base.processes import agree
+from mopo_cli.base.processes import agree, interrupt
 from mopo_cli.base.types import PreferenceData
 from mopo_cli.config import compose
 from mopo_cli.config.schema import TrainConfig
@@ -40,11 +40,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     if hasattr(signal, "SIGTERM"):
-        signal.signal(signal.SIGTERM, _interrupt)
-
-
-def _interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt
+        signal.signal(signal.SIGTERM, interrupt)
 
 
 def settings_of(composed: DictConfig) -> dict[str, Any]:
@@ -83,8 +79,8 @@ def recorded(
     except (KeyboardInterrupt, SystemExit):  # a cluster's time limit ends a job by SystemExit
         if main:
             run.set_state("interrupted")
-            if sys.argv[1:2] == ["train"]:
-                say(f"interrupted; go on with: {resume_command(run, sys.argv[2:])}")
+            if invocation.arguments()[:1] == ("train",):
+                say(f"interrupted; go on with: {resume_command(run, invocation.arguments()[1:])}")
         raise
     except torch.OutOfMemoryError as error:  # outside of a training step, which has a message of its own
         text = (
@@ -105,16 +101,14 @@ def recorded(
             lock.close()
 
 
-def _open(run: RunDirectory, composed: DictConfig, data: PreferenceData) -> Any:
+def _open(run: RunDirectory, composed: DictConfig, data: PreferenceData) -> ExitStack:
     lock = open_run(run)
-    found = fingerprint(data)
-    if composed.run.resume and run.provenance.exists():
-        started = read_json(run.provenance).get("fingerprint")
-        if started != found:
-            lock.close()
-            raise UserError(f"run.resume=true: the data have changed since the run in run.dir={run.path} was started")
+    current = fingerprint(data)
+    if composed.run.resume and run.provenance.exists() and read_json(run.provenance).get("fingerprint") != current:
+        lock.close()
+        raise UserError(f"run.resume=true: the data have changed since the run in run.dir={run.path} was started")
     write_atomic(run.config, compose.to_yaml(composed))
-    write_json(run.provenance, {**data.provenance, "fingerprint": found})
+    write_json(run.provenance, {**data.provenance, "fingerprint": current})
     run.set_state("running", step=None if composed.run.resume else 0)
     return lock
 
@@ -131,5 +125,5 @@ def fingerprint(data: PreferenceData) -> str:
 
 def resume_command(run: RunDirectory, overrides: Sequence[str]) -> str:
     """The command that goes on with an interrupted run: the same settings, this directory."""
-    kept = [o for o in overrides if not o.startswith(("run.dir=", "run.name=", "run.resume="))]
-    return shlex.join(["mopo", "train", *kept, f"run.dir={compose.in_grammar(str(run.path))}", "run.resume=true"])
+    settings = [o for o in overrides if not o.startswith(("run.dir=", "run.name=", "run.resume="))]
+    return shlex.join(["mopo", "train", *settings, f"run.dir={compose.in_grammar(str(run.path))}", "run.resume=true"])

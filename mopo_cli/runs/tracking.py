@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from urllib.parse import urlsplit
 from mopo_cli.base.console import warn
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.files import read_lines, write_atomic
+from mopo_cli.base.text import finite, first_line, flat
 from mopo_cli.config.schema import LoggerConfig
 from mopo_cli.runs.directory import RunDirectory
 
@@ -29,16 +29,16 @@ def wandb_mode(config: LoggerConfig) -> str:
     """
     if config.mode not in MODES:
         raise UserError(f"logger.mode={config.mode}: must be {', '.join(MODES)}")
-    key, found = "logger.mode", config.mode
+    key, value = "logger.mode", config.mode
     if config.mode == "auto":
-        key, found = "WANDB_MODE", os.environ.get("WANDB_MODE", "")
-    if not found:
+        key, value = "WANDB_MODE", os.environ.get("WANDB_MODE", "")
+    if not value:
         return "online" if _has_key() else "offline"
-    mode = OTHER_NAMES.get(found, found)
+    mode = OTHER_NAMES.get(value, value)
     if mode not in MODES[1:]:
-        raise UserError(f"{key}={found}: must be {', '.join(MODES[1:])}")
+        raise UserError(f"{key}={value}: must be {', '.join(MODES[1:])}")
     if mode == "online" and not _has_key():
-        raise UserError(f"{key}={found}: there is no W&B key; set WANDB_API_KEY, run `wandb login`, or log offline")
+        raise UserError(f"{key}={value}: there is no W&B key; set WANDB_API_KEY, run `wandb login`, or log offline")
     return mode
 
 
@@ -92,7 +92,7 @@ class Tracker:
 
     def log(self, step: int, **numbers: Any) -> None:
         """One line of metrics; nested names use a slash (`dual/harmless`)."""
-        record = {"step": step, **{key: finite(value) for key, value in numbers.items()}}
+        record = {"step": step, **finite(numbers)}
         self.history.append(record)
         if self.file is not None:
             self.file.write(json.dumps(record) + "\n")
@@ -123,7 +123,7 @@ class Tracker:
 
     def summarise(self, summary: dict[str, Any]) -> None:
         if self.wandb is not None:
-            self.wandb.summary.update(flatten(summary))
+            self.wandb.summary.update(dict(flat(summary, "/")))
 
     def finish(self, failed: bool = False) -> str | None:
         """Close everything, once; returns the line that uploads what did not get through, if there is such."""
@@ -136,7 +136,7 @@ class Tracker:
         try:
             run.finish(exit_code=int(failed))
         except Exception as error:
-            warn(f"W&B: {_first_line(error)}")
+            warn(f"W&B: {first_line(error)}")
             upload = True
         return f"wandb sync {directory}" if upload else None
 
@@ -171,33 +171,14 @@ def _start_wandb(
     except Exception as error:
         if mode != "online":
             raise
-        warn(f"W&B: {_first_line(error)}; logging offline")
+        warn(f"W&B: {first_line(error)}; logging offline")
         return wandb.init(mode="offline", **arguments)
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def printable(values: dict[str, Any]) -> dict[str, Any]:
     """A config for W&B, which has no infinity: t0=inf is written as text."""
-    return {
-        key: printable(value) if isinstance(value, dict) else str(value) if finite(value) is not value else value
-        for key, value in values.items()
-    }
+    return {key: printable(value) if isinstance(value, dict) else _printable(value) for key, value in values.items()}
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} to {"a/b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}/")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+def _printable(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and finite(value) is None else value

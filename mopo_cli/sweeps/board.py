@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -16,22 +17,22 @@ from rich.text import Text
 
 from mopo_cli.base.console import clock, console, say, show
 from mopo_cli.base.files import read_json
+from mopo_cli.base.text import one_line
 from mopo_cli.runs.directory import RunDirectory, locked
-from mopo_cli.sweeps.eta import Estimate
-from mopo_cli.sweeps.record import Record
-from mopo_cli.sweeps.results import best
-from mopo_cli.sweeps.worker import ENDED, Progress, progress_of
+from mopo_cli.runs.record import RunFiles, RunRecord
+from mopo_cli.sweeps.results import best, stays
+from mopo_cli.sweeps.worker import Progress, progress_of
 
 COLOURS = {"running": "cyan", "done": "green", "infeasible": "yellow", "failed": "red", "interrupted": "yellow"}
 ORDER = ("running", "failed", "interrupted", "done", "infeasible", "waiting")
+VERDICT = {True: "green", False: "red", None: ""}  # the colour of a win rate by whether its threshold is kept
 
 
 @dataclass
 class Line:
     """One run as the table shows it."""
 
-    record: Record
-    run: RunDirectory
+    record: RunRecord
     started: float | None = None
     progress: Progress | None = None
     number: int = 0  # in the order in which they started
@@ -52,36 +53,32 @@ class Board:
     count: int = 0
 
     def begin(self, name: str) -> None:
-        line = self.lines[name]
         self.count += 1
-        line.record = replace(line.record, state="running", error=None)
-        line.started, line.progress, line.number = time.monotonic(), None, self.count
-        if self.live is None:
-            say(f"[{self.position(name)}/{self.total}] {name}: started")
+        self.lines[name] = Line(_running(self.lines[name].record), time.monotonic(), None, self.count)
+        self._say(name, "started")
 
     def elsewhere(self, name: str) -> None:
         """Another process has this run: one that an earlier sweep left behind, or that a user has started."""
-        self.lines[name].record = replace(self.lines[name].record, state="running", error=None)
-        if self.live is None:
-            say(f"[{self.position(name)}/{self.total}] {name}: running in another process; waiting for it")
+        self.lines[name].record = _running(self.lines[name].record)
+        self._say(name, "running in another process; waiting for it")
 
-    def end(self, record: Record, seen: bool) -> None:
+    def end(self, record: RunRecord, seen: bool) -> None:
         """A run has ended; `seen` where it ran now, rather than having ended before."""
         line = self.lines[record.id]
         line.record = record
         spent = time.monotonic() - line.started if seen and line.started is not None else None
-        if spent is not None and record.state in ENDED:
+        if spent is not None and record.finished:
             self.took.append(spent)
-        if self.live is None:
-            how = " already" if spent is None else f" in {clock(spent)}"
-            told = f": {one_line(record.error)}" if record.error else ""
-            left = self.eta()
-            eta = f"   eta {clock(left)}" if left else ""
-            place = f"[{self.position(record.id)}/{self.total}]"
-            say(f"{place} {record.id}: {record.state}{how}{told}{reached_text(record)}{eta}")
+        how = " already" if spent is None else f" in {clock(spent)}"
+        error = f": {one_line(record.problem)}" if record.problem else ""
+        rates = "  ".join(f"{name} {record.reached(name):.3f}" for name in record.names if record.finished)
+        left = self.eta()
+        eta = f"   eta {clock(left)}" if left else ""
+        self._say(record.id, f"{record.state}{how}{error}{f'   {rates}' if rates else ''}{eta}")
 
-    def position(self, name: str) -> int:
-        return list(self.lines).index(name) + 1
+    def _say(self, name: str, text: str) -> None:
+        if self.live is None:
+            say(f"[{list(self.lines).index(name) + 1}/{self.total}] {name}: {text}")
 
     def each(self) -> float | None:
         """Seconds that a run takes: the mean of those seen, else what was known before."""
@@ -95,8 +92,13 @@ class Board:
         now = time.monotonic()
         started = [line.started for line in self.lines.values() if line.record.state == "running" and line.started]
         running = [max(0.0, each - (now - then)) for then in started]
-        waiting = self.total - len(self.lines) + sum(line.record.state == "waiting" for line in self.lines.values())
+        waiting = self._counts()["waiting"]
         return max([(sum(running) + waiting * each) / max(1, min(self.slots, waiting + len(running))), *running])
+
+    def _counts(self) -> Counter[str]:
+        """How many runs are in each state; those that nobody has proposed yet wait."""
+        counts = Counter(line.record.state for line in self.lines.values())
+        return counts + Counter(waiting=self.total - len(self.lines))
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -112,24 +114,22 @@ class Board:
         if self.live is not None:
             for line in self.lines.values():
                 if line.record.state == "running":
-                    line.progress = progress_of(line.run) or line.progress
+                    line.progress = progress_of(RunDirectory(line.record.path)) or line.progress
             self.live.update(self.render(note), refresh=True)
 
     def render(self, note: str = "") -> RenderableType:
-        height = max(4, console.height - 4)
-        shown = self._fitting(height)
+        lines = self._fitting(max(4, console.height - 4))
+        keys = _keys([line.record for line in self.lines.values()])
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-        keys = list(dict.fromkeys(key for line in self.lines.values() for key in line.record.overrides))
         for title in short_names(keys) or ["run"]:
             table.add_column(title, no_wrap=True, max_width=28, overflow="ellipsis")
         table.add_column("state", no_wrap=True)
         table.add_column("", no_wrap=True, min_width=14)
         table.add_column("", no_wrap=True, overflow="ellipsis")
-        for line in shown:
-            table.add_row(*([line.record.overrides.get(key, "") for key in keys] or ["defaults"]), *self._cells(line))
-        hidden = len(self.lines) - len(shown)
-        below = [Text(f"and {hidden} more", style="dim")] if hidden else []
-        return Group(self._head(note), table, *below)
+        for line in lines:
+            table.add_row(*_varying(line.record, keys), _state(line.record), *self._cells(line))
+        hidden = len(self.lines) - len(lines)
+        return Group(self._head(note), table, *([Text(f"and {hidden} more", style="dim")] if hidden else []))
 
     def _fitting(self, height: int) -> list[Line]:
         """As many lines as there is room for, those that matter most now; in the sweep's order."""
@@ -140,35 +140,29 @@ class Board:
         return [line for line in lines if any(line is other for other in urgent)]
 
     def _head(self, note: str) -> Text:
-        counts = [(state, sum(line.record.state == state for line in self.lines.values())) for state in ORDER]
-        waiting = dict(counts)["waiting"] + self.total - len(self.lines)
+        counts = self._counts()
         parts = [Text(self.name, style="bold"), Text(f"{self.total} runs")]
-        for state, count in [*counts[:-1], ("waiting", waiting)]:
-            if count:
-                parts.append(Text(f"{count} {state}", style=COLOURS.get(state, "dim")))
+        parts += [Text(f"{counts[s]} {s}", style=COLOURS.get(s, "dim")) for s in ORDER if counts[s]]
         parts.append(Text(clock(time.monotonic() - self.started)))
-        if note:
-            parts.append(Text(note, style="yellow"))
-        else:
-            parts.append(Text(f"eta {clock(self.eta())}", style="cyan"))
+        parts.append(Text(note, style="yellow") if note else Text(f"eta {clock(self.eta())}", style="cyan"))
         return Text("  ").join(parts)
 
     def _cells(self, line: Line) -> list[RenderableType]:
-        state = Text(line.record.state, style=COLOURS.get(line.record.state, "dim"))
-        if line.record.state == "running":
-            p = line.progress
-            spent = clock(time.monotonic() - line.started) if line.started is not None else "another process:"
-            counted = f"{p.done}/{p.total}" if p and p.total > 2 else ""
-            bar = ProgressBar(p.total, p.done, width=14) if p and p.total > 2 else Text("")
-            return [state, bar, Text(" ".join(part for part in (spent, p.stage if p else "", counted) if part))]
-        if line.record.state in ENDED:
-            spent = clock(line.record.seconds)
-            return [state, Text(spent, style="dim", justify="right"), reached(line.record)]
-        return [state, Text(""), Text(one_line(line.record.error), style="red")]
+        """How far a run is, or what it reached, or why it did not."""
+        record, progress = line.record, line.progress
+        if record.finished:
+            return [Text(clock(record.seconds), style="dim", justify="right"), reached(record)]
+        if record.state != "running":
+            return [Text(""), Text(one_line(record.problem), style="red")]
+        spent = clock(time.monotonic() - line.started) if line.started is not None else "another process:"
+        if progress is None or progress.total <= 2:
+            return [Text(""), Text(f"{spent} {progress.stage if progress else ''}".strip())]
+        bar = ProgressBar(progress.total, progress.done, width=14)
+        return [bar, Text(f"{spent} {progress.stage} {progress.done}/{progress.total}")]
 
 
-def one_line(text: str | None) -> str:
-    return " ".join((text or "").split())
+def _running(record: RunRecord) -> RunRecord:
+    return RunRecord(record.id, RunFiles(record.path), "running", record.varying)
 
 
 def short_names(keys: Sequence[str]) -> list[str]:
@@ -177,109 +171,119 @@ def short_names(keys: Sequence[str]) -> list[str]:
     return [name if last.count(name) == 1 else key for name, key in zip(last, keys, strict=True)]
 
 
-def reached(record: Record) -> Text:
+def _keys(records: Sequence[RunRecord]) -> list[str]:
+    return list(dict.fromkeys(key for record in records for key in record.varying))
+
+
+def _varying(record: RunRecord, keys: Sequence[str]) -> list[str]:
+    return [record.varying.get(key, "") for key in keys] or ["defaults"]
+
+
+def _state(record: RunRecord) -> Text:
+    return Text(record.state, style=COLOURS.get(record.state, "dim"))
+
+
+def reached(record: RunRecord) -> Text:
     """The win rates that a run reached: green where a threshold is kept, red where it is not."""
     text = Text()
-    for name in record.roles:
-        value, kept = record.reached(name), record.numbers.get(f"satisfied/{name}")
-        style = {True: "green", False: "red"}.get(kept, "")  # type: ignore[arg-type]
+    for name, result in record.objectives.items():
         text.append(f"{name} ", style="dim")
-        text.append(f"{value:.3f}  " if value is not None else "–  ", style=style)
+        text.append(f"{record.reached(name):.3f}  ", style=VERDICT[result.satisfied])
     return text
 
 
-def reached_text(record: Record) -> str:
-    found = [f"{name} {record.reached(name):.3f}" for name in record.roles if record.reached(name) is not None]
-    return f"   {'  '.join(found)}" if found else ""
-
-
-def show_results(records: Sequence[Record]) -> None:
-    """The table that a sweep ends with: a line a run, the best in bold; then the failures with their errors."""
-    ended = [record for record in records if record.state in ENDED]
-    if ended:
-        say("")
-        show(_results_table(records))
-    for record in records:
-        if record.state == "failed":
-            say(f"failed         {record.id}: {one_line(record.error)}")
-        elif record.state == "interrupted":
-            say(f"interrupted    {record.id}{': ' + one_line(record.error) if record.error else ''}")
-    winner, reason = best(records)
-    say("")
-    if winner is not None:
-        exact = " (exact)" if f"exact/{winner.primary}" in winner.numbers else ""
-        kept = ", every threshold kept" if winner.asked else ""
-        say(f"best           {winner.id}: {winner.primary} {winner.reached(winner.primary or ''):.3f}{exact}{kept}")
-    else:
-        say(f"best           none: {reason}")
-
-
-def _results_table(records: Sequence[Record]) -> Table:
-    keys = list(dict.fromkeys(key for record in records for key in record.overrides))
-    names = list(dict.fromkeys(name for record in records for name in record.roles))
-    winner, _ = best(records)
-    judged = {name for name in names if any(r.numbers.get(f"satisfied/{name}") is not None for r in records)}
+# --------------------------------------------------------------------------------------------- before and after
+def _table(titles: Sequence[str], numbers: Sequence[str], widest: int | None = None) -> Table:
+    """A table of columns of text, then of numbers."""
     table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for title in short_names(keys) or ["run"]:
-        table.add_column(title, no_wrap=True, max_width=40, overflow="ellipsis")
-    table.add_column("state", no_wrap=True)
-    for title in [*names, "KL", "warnings", "time"]:
+    for title in titles:
+        table.add_column(title, no_wrap=True, max_width=widest, overflow="ellipsis")
+    for title in numbers:
         table.add_column(title, justify="right", no_wrap=True)
+    return table
+
+
+def show_results(records: Sequence[RunRecord]) -> None:
+    """The table that a sweep ends with: a line a run, the best in bold; then the failures with their errors."""
+    winner, reason = best(records)
+    if any(record.finished for record in records):
+        say("")
+        show(_results_table(records, winner))
     for record in records:
-        cells = [_number(record, name, name in judged) for name in names]
-        kl, warnings = record.numbers.get("kl"), record.numbers.get("warnings")
+        if record.state in ("failed", "interrupted"):
+            error = f": {one_line(record.problem)}" if record.problem or record.state == "failed" else ""
+            say(f"{record.state:<14} {record.id}{error}")
+    say("")
+    if winner is None or winner.primary is None:
+        say(f"best           none: {reason}")
+        return
+    exact = " (exact)" if winner.objectives[winner.primary].exact is not None else ""
+    verdict = ", every threshold kept" if winner.has_thresholds else ""
+    say(f"best           {winner.id}: {winner.primary} {winner.reached(winner.primary):.3f}{exact}{verdict}")
+
+
+def _results_table(records: Sequence[RunRecord], winner: RunRecord | None) -> Table:
+    keys, ended = _keys(records), [record for record in records if record.finished]
+    names = list(dict.fromkeys(name for record in ended for name in record.names))
+    judged = {n for record in ended for n, result in record.objectives.items() if result.satisfied is not None}
+    table = _table([*(short_names(keys) or ["run"]), "state"], [*names, "KL", "warnings", "time"], widest=40)
+    for record in records:
+        kl, seconds = record.summary.get("kl"), record.seconds
         table.add_row(
-            *([record.overrides.get(key, "") for key in keys] or ["defaults"]),
-            Text(record.state, style=COLOURS.get(record.state, "dim")),
-            *cells,
+            *_varying(record, keys),
+            _state(record),
+            *(_rate(record, name, name in judged) for name in names),
             "" if kl is None else f"{kl:.3f}",
-            "" if warnings is None else str(warnings),
-            "" if record.seconds is None else clock(record.seconds),
-            style="bold" if winner is not None and record.id == winner.id else "",
+            str(len(record.warnings)) if record.finished else "",
+            "" if seconds is None else clock(seconds),
+            style="bold" if record is winner else "",
         )
     return table
 
 
-def _number(record: Record, name: str, judged: bool) -> Text:
+def _rate(record: RunRecord, name: str, judged: bool) -> Text:
     """A win rate, and in a column of which some are judged whether its threshold is kept."""
-    value, kept = record.reached(name), record.numbers.get(f"satisfied/{name}")
-    mark = {True: " yes", False: "  no"}.get(kept, "    " if judged else "")  # type: ignore[arg-type]
-    style = {True: "green", False: "red"}.get(kept, "")  # type: ignore[arg-type]
-    return Text("" if value is None else f"{value:.3f}{mark}", style=style)
+    if not record.finished or name not in record.objectives:
+        return Text("")
+    satisfied = record.objectives[name].satisfied
+    mark = {True: " yes", False: "  no", None: "    " if judged else ""}[satisfied]
+    return Text(f"{record.reached(name):.3f}{mark}", style=VERDICT[satisfied])
 
 
 def show_plan(
-    directory: Path, runs: Sequence[tuple[RunDirectory, Record]], total: int, retry: str, expected: Estimate | None
+    directory: Path, records: Sequence[RunRecord], total: int, retry: str, expected: Mapping[str, float], ended: int
 ) -> None:
-    """What `sweep.dry_run=true` prints: each run, what would be done with it, and how long it is expected to take."""
-    table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for title in ("run", "now", "then"):
-        table.add_column(title, no_wrap=True)
-    table.add_column("time", justify="right", no_wrap=True)
-    seconds = []
-    for run, record in runs[:total]:
-        then = _next(run, record, retry)
-        if then != "stays":
-            seconds.append(expected.of[record.id] if expected else None)
-        about = clock(seconds[-1]) if then != "stays" and seconds[-1] is not None else ""
-        table.add_row(record.id, record.state if record.state != "waiting" else "–", then, about)
+    """What `sweep.dry_run=true` prints: each run, what would be done with it, and how long it is expected to take.
+
+    `expected` are seconds by a run's id, going by `ended` runs; empty where nothing is known.
+    """
+    table = _table(["run", "now", "then"], ["time"])
+    starting = []
+    for record in records[:total]:
+        then = _next(record, retry)
+        seconds = expected.get(record.id) if then != "stays" else None
+        starting += [] if then == "stays" else [record.id]
+        now = record.state if record.state != "waiting" else "–"
+        table.add_row(record.id, now, then, "" if seconds is None else clock(seconds))
     say(f"{total} runs in {directory}")
-    if total > len(runs):
+    if total > len(records):
         say(f"the search proposes {total} points; its first and last possible ones:")
     show(table)
-    if expected is None:
-        say("time           not known: there is no earlier run with this model and data to go by")
+    if not expected:
+        say("time           not known: no run of this sweep has ended yet")
         return
-    known = sum(value or 0.0 for value in seconds) * (total / max(1, len(runs)) if total > len(runs) else 1.0)
-    say(f"time           about {clock(known + expected.shared)} one after another, {expected.source}")
+    seconds = sum(expected[name] for name in starting) * max(1.0, total / max(1, len(records)))
+    source = f"{ended} run{'s' * (ended != 1)} of this sweep"
+    say(f"time           about {clock(seconds)} one after another, going by {source}")
 
 
-def _next(run: RunDirectory, record: Record, retry: str) -> str:
+def _next(record: RunRecord, retry: str) -> str:
+    run = RunDirectory(record.path)
     if locked(run):
         return "running now"
     if retry == "all":
         return "anew" if record.state != "waiting" else "starts"
-    if record.state in ENDED or (record.state == "failed" and retry == "none"):
+    if stays(record, retry):
         return "stays"
     step = read_json(run.status).get("step") if run.config.exists() and run.status.exists() else None
     return f"goes on from step {step}" if step else "starts"

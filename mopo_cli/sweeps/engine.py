@@ -10,22 +10,22 @@ import signal
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from mopo_cli.base.console import say
 from mopo_cli.base.errors import UserError
-from mopo_cli.base.processes import alone
+from mopo_cli.base.processes import alone, interrupt
 from mopo_cli.config import compose, schema
 from mopo_cli.runs.directory import RunDirectory, check_place, check_same_settings, locked
+from mopo_cli.runs.record import RunRecord, read_point
 from mopo_cli.sweeps.board import Board, Line, show_results
-from mopo_cli.sweeps.eta import Estimate
 from mopo_cli.sweeps.points import Point, Points, Trial, compose_point, settings_of
 from mopo_cli.sweeps.pools import Pool, apart
-from mopo_cli.sweeps.record import Record, record_of
-from mopo_cli.sweeps.results import draw, publish, with_every_key, write_page, write_results
-from mopo_cli.sweeps.worker import ENDED, Task, forget, log_of
+from mopo_cli.sweeps.results import draw, publish, stays, with_every_key, write_page, write_results
+from mopo_cli.sweeps.worker import Job, forget, log_of
 
 POLL = 0.5  # seconds between two looks at the runs
 SEARCHED = 4  # trials of a search at once where the launcher sets no bound: the next ones learn from them
@@ -44,7 +44,7 @@ def check(trials: Sequence[Trial], directory: Path, settings: schema.SweepConfig
     if locked(RunDirectory(directory)):
         raise UserError(f"sweep.dir={directory}: a sweep is going on there now; choose another sweep.dir or sweep.name")
     check_place(directory)
-    starting = [settings_of(trial) for trial in trials if not _stays(_record(trial), settings.retry)]
+    starting = [settings_of(trial) for trial in trials if not stays(record_of(trial), settings.retry)]
     if starting:
         apart(check_points, starting)
     for trial in trials:
@@ -60,8 +60,8 @@ def check_points(points: Sequence[dict[str, Any]]) -> None:
         train.check(compose.typed(OmegaConf.create(settings), schema.TrainConfig))
 
 
-def _record(trial: Trial) -> Record:
-    return record_of(trial.point.id, trial.point.varying, trial.run)
+def record_of(trial: Trial) -> RunRecord:
+    return read_point(trial.run, trial.point.varying)
 
 
 # --------------------------------------------------------------------------------------------- while it runs
@@ -76,27 +76,31 @@ class Sweep:
         self.board = Board(directory.name, points.total)
         self.going: dict[str, Trial] = {}
         self.elsewhere: dict[str, Trial] = {}  # held by a process that an earlier sweep, or a user, has started
-        self.others: list[Record] = []  # runs of earlier sweeps in this directory that are not asked for now
+        self.others: list[RunRecord] = []  # runs of earlier sweeps in this directory that are not asked for now
         self.stopping = False
 
     def run(
-        self, launcher: Any, earlier: Sequence[tuple[str, dict[str, str]]], expected: Estimate | None, again: str
+        self, launcher: Any, earlier: Sequence[tuple[str, dict[str, str]]], expected: Sequence[float], again: str
     ) -> int:
-        """Run everything and tell how it went; `again` is the command that goes on."""
+        """Run everything and tell how it went.
+
+        `expected` are the seconds that runs are expected to take, where that is known; `again` is the command that
+        goes on.
+        """
         if self.points.fixed:
             for trial in self.trials.values():
                 self._add(trial)
-        mine = {*self.board.lines, *(point.id for point in self.points.known())}
+        wanted = {*self.board.lines, *(point.id for point in self.points.known())}
         self.others = [
-            record_of(name, overrides, RunDirectory(self.directory / "runs" / name))
+            read_point(RunDirectory(self.directory / "runs" / name), overrides)
             for name, overrides in earlier
-            if name not in mine and self.points.fixed
+            if name not in wanted and self.points.fixed
         ]
-        old = signal.signal(signal.SIGTERM, _interrupt)
+        old = signal.signal(signal.SIGTERM, interrupt)
         try:
             self.pool: Pool = launcher.open(self.directory, self.points.total)
             self.slots = self.pool.slots or (self.points.total if self.points.fixed else SEARCHED)
-            self.board.slots, self.board.expected = self.slots, expected.each if expected else None
+            self.board.slots, self.board.expected = self.slots, fmean(expected) if expected else None
             say(f"{self.points.total} runs in {self.directory}, {self.pool.description}")
             self._write("running")
             self._guarded(again)
@@ -147,13 +151,13 @@ class Sweep:
         return trial
 
     def _add(self, trial: Trial) -> None:
-        self.board.lines[trial.point.id] = Line(_record(trial), trial.run)
+        self.board.lines[trial.point.id] = Line(record_of(trial))
 
     def _begin(self, trial: Trial) -> None:
         """Start a run, or take it as it is where it has ended, or wait for it where another process has it."""
-        name, record = trial.point.id, _record(trial)
+        name, record = trial.point.id, record_of(trial)
         held = self.pool.holds(name)
-        if not held and _stays(record, self.retry):
+        if not held and stays(record, self.retry):
             self._took(trial, record, seen=False)
         elif not held and locked(trial.run):
             self.elsewhere[name] = trial
@@ -165,11 +169,11 @@ class Sweep:
             self._start(trial)
 
     def _start(self, trial: Trial) -> None:
-        task = Task(trial.point.id, settings_of(trial), str(trial.run.path), os.getcwd(), trial.point.overrides)
+        job = Job(trial.point.id, settings_of(trial), str(trial.run.path), os.getcwd(), trial.point.overrides)
         self.going[trial.point.id] = trial
         self._write("running")
         try:
-            self.pool.start(task)
+            self.pool.start(job)
         except UserError as error:
             del self.going[trial.point.id]
             self._end(trial, str(error))
@@ -184,9 +188,9 @@ class Sweep:
             run.path.mkdir(parents=True, exist_ok=True)
             error = how or f"its process ended without a word; see {log_of(run)}"
             run.set_state(*("interrupted", None, None) if self.stopping else ("failed", None, error))
-        self._took(trial, _record(trial), seen=True)
+        self._took(trial, record_of(trial), seen=True)
 
-    def _took(self, trial: Trial, record: Record, seen: bool) -> None:
+    def _took(self, trial: Trial, record: RunRecord, seen: bool) -> None:
         self.board.end(record, seen)
         self.points.tell(trial.point, record)
         self._write("running")
@@ -200,17 +204,17 @@ class Sweep:
         for trial in self.going.values():
             self._end(trial, "")
 
-    def _records(self) -> list[Record]:
-        return with_every_key([line.record for line in self.board.lines.values()] + self.others, self.directory)
+    def _records(self) -> list[RunRecord]:
+        return with_every_key([line.record for line in self.board.lines.values()] + self.others)
 
     def _write(self, state: str) -> None:
         write_results(self.directory, self._records(), state)
 
     def _finish(self, again: str) -> int:
         records = self._records()
-        failed = [line for line in self.board.lines.values() if line.record.state not in ENDED]
+        failed = [line for line in self.board.lines.values() if not line.record.finished]
         self._write("failed" if failed else "done")
-        ended = any(record.state in ENDED for record in records)
+        ended = any(record.finished for record in records)
         with ThreadPoolExecutor(1) as beside:  # the page is made while the figures are
             page = beside.submit(apart, write_page, self.directory) if ended and self.board.count else None
             figures = apart(draw, self.directory) if page else []
@@ -237,12 +241,3 @@ class Sweep:
         logger.tags = []
         sync = apart(publish, self.directory, logger, self._records(), again, figures)
         return sync and f"wandb sync {self.directory}/runs/*/wandb/offline-run-* {self.directory}/wandb/offline-run-*"
-
-
-def _stays(record: Record, retry: str) -> bool:
-    """Whether a run is left as it is."""
-    return retry != "all" and (record.state in ENDED or (record.state == "failed" and retry == "none"))
-
-
-def _interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt

@@ -16,12 +16,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mopo_cli.base.errors import UserError
-from mopo_cli.base.files import flat
+from mopo_cli.base.text import flat, one_line
 from mopo_cli.config import compose, schema
 from mopo_cli.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
-    from mopo_cli.sweeps.record import Record
+    from mopo_cli.runs.record import RunRecord
 
 
 MAPPING = re.compile(r"(?<==)\{((?:[\w.-]+:[\w.-]+,?)+)\}$")  # of plain names and values
@@ -65,8 +65,8 @@ def union(grids: Sequence[Sequence[str]], zipped: Sequence[str] = ()) -> list[Po
             chosen = {number: text for part in parts for number, text in part.items()}
             point = point_of(parsed, [chosen[number] for number in range(len(parsed))])
             if point.id in points:
-                found = " ".join(f"{key}={value}" for key, value in point.varying.items())
-                raise UserError(f"the sweep has the same point twice: {found}")
+                text = " ".join(f"{key}={value}" for key, value in point.varying.items())
+                raise UserError(f"the sweep has the same point twice: {text}")
             points[point.id] = point
     return list(points.values())
 
@@ -95,8 +95,8 @@ def _check_zip(zipped: Sequence[str], lengths: dict[str, int]) -> None:
     if len(zipped) == 1:
         raise UserError(f"{shown}: needs two keys or more, whose values go together")
     if len(set(lengths.values())) > 1:
-        found = ", ".join(f"{key} {count}" for key, count in lengths.items())
-        raise UserError(f"{shown}: every key needs as many values as the others; found {found}")
+        counts = ", ".join(f"{key} {count}" for key, count in lengths.items())
+        raise UserError(f"{shown}: every key needs as many values as the others; found {counts}")
 
 
 def point_of(parsed: Sequence[Override], texts: Sequence[str]) -> Point:
@@ -131,14 +131,14 @@ def _choices(override: Override) -> list[str]:
     try:
         values = list(override.sweep_string_iterator())
     except (HydraException, ValueError, TypeError) as error:
-        raise UserError(f"cannot sweep over {override.input_line!r}: {' '.join(str(error).split())}") from error
+        raise UserError(f"cannot sweep over {override.input_line!r}: {one_line(error)}") from error
     if not values:
         raise UserError(f"cannot sweep over {override.input_line!r}: it stands for no value")
     return [f"{override.get_key_element()}={value}" for value in values]
 
 
 # --------------------------------------------------------------------------------------------- from presets
-def preset_grids(composed: DictConfig, asked: Sequence[str]) -> list[list[str]]:
+def preset_grids(composed: DictConfig, overrides: Sequence[str]) -> list[list[str]]:
     """The products of which a sweep is made, as overrides each: the command line's, with the preset's (experiment=).
 
     sweep.grid is a mapping of keys to values, or a list of such mappings, whose products are joined. What the command
@@ -147,25 +147,25 @@ def preset_grids(composed: DictConfig, asked: Sequence[str]) -> list[list[str]]:
     """
     grids = _grids(composed.sweep.get("grid"))
     if len(grids) < 2:
-        given = {key_of(override) for override in asked}
+        keys = {key_of(override) for override in overrides}
         grid = grids[0] if grids else {}
-        return [[*asked, *(f"{key}={','.join(grid[key])}" for key in grid if key not in given)]]
+        return [[*overrides, *(f"{key}={','.join(grid[key])}" for key in grid if key not in keys)]]
     named = {key for grid in grids for key in grid}
-    own = {key_of(override): _texts(override) for override in asked if key_of(override) in named}
-    listed = {key: {_plain(text) for grid in grids for text in grid.get(key, ())} for key in own}
-    free = [override for override in asked if key_of(override) not in named]
-    taken = [{key: _taken(own[key], texts, listed[key]) if key in own else texts for key, texts in grid.items()}
-             for grid in grids]  # fmt: skip
+    replaced = {key_of(override): _texts(override) for override in overrides if key_of(override) in named}
+    listed = {key: {_plain(text) for grid in grids for text in grid.get(key, ())} for key in replaced}
+    free = [override for override in overrides if key_of(override) not in named]
+    taken = [{key: _taken(replaced[key], texts, listed[key]) if key in replaced else texts
+              for key, texts in grid.items()} for grid in grids]  # fmt: skip
     taken = [grid for grid in taken if all(grid.values())]
     return [[*free, *(_override(key, grid[key], _fixed(key, taken)) for key in grid)] for grid in taken]
 
 
-def _grids(found: Any) -> list[dict[str, list[str]]]:
+def _grids(node: Any) -> list[dict[str, list[str]]]:
     """The values of each grid as texts that Hydra reads; UserError where sweep.grid is no grid."""
-    if OmegaConf.is_config(found):
-        found = OmegaConf.to_container(found)
-    several = isinstance(found, list)
-    grids = {f"sweep.grid[{i}]": grid for i, grid in enumerate(found)} if several else {"sweep.grid": found or {}}
+    if OmegaConf.is_config(node):
+        node = OmegaConf.to_container(node)
+    several = isinstance(node, list)
+    grids = {f"sweep.grid[{i}]": grid for i, grid in enumerate(node)} if several else {"sweep.grid": node or {}}
     for name, grid in grids.items():
         if not isinstance(grid, dict) or (several and not grid):
             raise UserError(f"{name}={grid}: must be a mapping of keys to lists of values, or a list of such mappings")
@@ -195,10 +195,10 @@ def _texts(override: str) -> list[str]:
     return [text.partition("=")[2] for choice in parse([override]) for text in _choices(choice)]
 
 
-def _taken(given: Sequence[str], texts: Sequence[str], listed: set[object]) -> list[str]:
-    """Which of the given values a grid takes that lists `texts`; `listed` are those of all grids."""
+def _taken(values: Sequence[str], texts: Sequence[str], listed: set[object]) -> list[str]:
+    """Which of these values a grid takes that lists `texts`; `listed` are those of all grids."""
     mine = {_plain(text) for text in texts}
-    return [text for text in given if _plain(text) in mine or _plain(text) not in listed]
+    return [text for text in values if _plain(text) in mine or _plain(text) not in listed]
 
 
 def _plain(text: str) -> object:
@@ -274,11 +274,11 @@ def known_runs(trials: Sequence[Trial], directory: Path) -> list[Trial]:
     for path in sorted((directory / "runs").iterdir()):
         if path.name not in taken and RunDirectory(path).config.exists():
             there[identity(RunDirectory(path).settings())] = path.name
-    found = []
+    placed = []
     for trial in trials:
         name = None if trial.run.config.exists() else there.pop(identity(settings_of(trial)), None)
-        found.append(_placed(replace(trial, point=replace(trial.point, id=name)), directory) if name else trial)
-    return found
+        placed.append(_placed(replace(trial, point=replace(trial.point, id=name)), directory) if name else trial)
+    return placed
 
 
 def settings_of(trial: Trial) -> dict[str, Any]:
@@ -287,8 +287,8 @@ def settings_of(trial: Trial) -> dict[str, Any]:
 
 def identity(settings: dict[str, Any]) -> str:
     """A hash of everything that a run's results depend on; 1 and 1.0 are the same."""
-    kept = {key: value for key, value in flat(settings) if key.partition(".")[0] not in NOT_IDENTITY}
-    read = {k: float(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for k, v in kept.items()}
+    decisive = {key: value for key, value in flat(settings) if key.partition(".")[0] not in NOT_IDENTITY}
+    read = {k: float(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for k, v in decisive.items()}
     return hashlib.sha256(repr(sorted(read.items(), key=lambda item: item[0])).encode()).hexdigest()
 
 
@@ -307,38 +307,32 @@ class Points(Protocol):
         """The next point to run; None where there is none, or none yet."""
         ...
 
-    def tell(self, point: Point, record: Record) -> None:
+    def tell(self, point: Point, record: RunRecord) -> None:
         """What has become of a point."""
         ...
 
 
 @dataclass
 class Grid:
-    """Every point of one product or several; the settings of sweeper=grid."""
+    """Every point of one product or several."""
 
     name: str = "grid"
+
+    fixed = True
 
     def check(self) -> None:
         pass
 
     def open(self, grids: Sequence[Sequence[str]], zipped: Sequence[str], earlier: Sequence[dict[str, str]]) -> Points:
-        return GridPoints(union(grids, zipped))
-
-
-class GridPoints:
-    fixed = True
-
-    def __init__(self, points: list[Point]):
-        self.points, self.total, self.given = points, len(points), 0
+        self.points = union(grids, zipped)
+        self.total, self.proposed = len(self.points), iter(self.points)
+        return self
 
     def known(self) -> list[Point]:
         return self.points
 
     def next(self) -> Point | None:
-        if self.given == self.total:
-            return None
-        self.given += 1
-        return self.points[self.given - 1]
+        return next(self.proposed, None)
 
-    def tell(self, point: Point, record: Record) -> None:
+    def tell(self, point: Point, record: RunRecord) -> None:
         pass

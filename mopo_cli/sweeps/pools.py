@@ -1,6 +1,6 @@
 """Where the runs of a sweep go: processes of this machine, Slurm jobs (submitit) or Ray tasks.
 
-A launcher is a record of settings (conf/launcher/). `open` gives the pool that starts tasks and tells which have ended;
+A launcher is a record of settings (conf/launcher/). `open` gives the pool that starts jobs and tells which have ended;
 what became of a run is read from its directory, never from the pool.
 """
 
@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from mopo_cli.base.errors import UserError
-from mopo_cli.sweeps.worker import Task, work
+from mopo_cli.base.processes import interrupt
+from mopo_cli.sweeps.worker import Job, work
 
 PRELOAD = [
     "mopo_cli.pipeline.train",
@@ -31,7 +32,7 @@ T = TypeVar("T")
 
 
 class Pool(Protocol):
-    """Runs tasks; `slots` at once, or as many as there are where it is None."""
+    """Does jobs; `slots` at once, or as many as there are where it is None."""
 
     slots: int | None
     description: str
@@ -40,14 +41,14 @@ class Pool(Protocol):
         """Whether a sweep that has gone has left this run going on here; `start` then only takes it up."""
         ...
 
-    def start(self, task: Task) -> None: ...
+    def start(self, job: Job) -> None: ...
 
     def ended(self) -> dict[str, str]:
-        """The tasks that ended since the last call, each with how it was ended from outside ("" where it was not)."""
+        """The jobs that ended since the last call, each with how it was ended from outside ("" where it was not)."""
         ...
 
     def wait(self, seconds: float) -> None:
-        """Until a task ends, or so long."""
+        """Until a job ends, or so long."""
         ...
 
     def stop(self) -> None:
@@ -88,34 +89,32 @@ def _with_environment(environment: dict[str, str], cwd: str, function: Callable[
 
 
 class Processes:
-    """Each task a process of this machine, killed without harm to the others; none outlives the sweep."""
+    """Each job a process of this machine, killed without harm to the others; none outlives the sweep."""
 
     def __init__(self, jobs: int, threads: int | None, gpus: list[str]):
         self.slots: int | None = jobs
         self.threads, self.gpus = threads, gpus
         self.going: dict[str, Any] = {}
         self.slot_of: dict[str, int] = {}
-        each = f"{threads} thread{'s' * (threads != 1)} each" if threads else ""
-        device = f"GPU {', '.join(gpus)}" if gpus else ""
-        details = ", ".join(text for text in (device, each) if text)
-        self.description = ("one after another" if jobs == 1 else f"{jobs} at a time") + (
-            f" ({details})" if details else ""
-        )
+        device = [f"GPU {', '.join(gpus)}"] if gpus else []
+        each = [f"{threads} thread{'s' * (threads != 1)} each"] if threads else []
+        details = f" ({', '.join(device + each)})" if device or each else ""
+        self.description = ("one after another" if jobs == 1 else f"{jobs} at a time") + details
         start_server()
 
     def holds(self, name: str) -> bool:
         return False
 
-    def start(self, task: Task) -> None:
+    def start(self, job: Job) -> None:
         slot = min(set(range(self.slots or 1)) - {self.slot_of[name] for name in self.going})
-        self.slot_of[task.id] = slot
+        self.slot_of[job.id] = slot
         environment = dict(os.environ)
         if self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
         context = multiprocessing.get_context("forkserver")
-        process = context.Process(target=_child, args=(task, environment, self.threads), name=task.id)
+        process = context.Process(target=_child, args=(job, environment, self.threads), name=job.id)
         process.start()
-        self.going[task.id] = process
+        self.going[job.id] = process
 
     def ended(self) -> dict[str, str]:
         finished = {name: process for name, process in self.going.items() if not process.is_alive()}
@@ -149,21 +148,17 @@ def _exit_note(status: int | None) -> str:
     return f"killed by signal {-status}{hint}"
 
 
-def _child(task: Task, environment: dict[str, str], threads: int | None) -> None:
-    """The life of one process: it ends with its task, or with the sweep."""
+def _child(job: Job, environment: dict[str, str], threads: int | None) -> None:
+    """The life of one process: it ends with its job, or with the sweep."""
     os.environ.clear()
     os.environ.update(environment)
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if threads:
         import torch
 
         torch.set_num_threads(threads)
-    work(task)
-
-
-def _interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt
+    work(job)
 
 
 def _end_with_parent() -> None:
@@ -199,7 +194,7 @@ class Parallel:
 
     def check(self) -> None:
         for key in ("jobs", "threads"):
-            _require(getattr(self, key) is None or getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
+            require(getattr(self, key) is None or getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
 
     def open(self, directory: Path, runs: int) -> Pool:
         gpus, cores = visible_gpus(), usable_cores()
@@ -226,6 +221,7 @@ def _count_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _require(condition: bool, key: str, found: object, allowed: str) -> None:
+def require(condition: bool, key: str, value: object, allowed: str) -> None:
+    """UserError where a setting of a launcher does not hold."""
     if not condition:
-        raise UserError(f"launcher.{key}={found}: must be {allowed}")
+        raise UserError(f"launcher.{key}={value}: must be {allowed}")

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from mopo_cli.base.errors import UserError, needed
-from mopo_cli.sweeps.pools import PATIENCE, Pool, _require
-from mopo_cli.sweeps.worker import Task, work
+from mopo_cli.base.text import one_line
+from mopo_cli.sweeps.pools import PATIENCE, require
+from mopo_cli.sweeps.worker import Job, work
 
 
-# --------------------------------------------------------------------------------------------- Ray
 @dataclass
 class Ray:
-    """Each run a Ray task: on this machine, or on the cluster at `address`, with a file system that its nodes share."""
+    """Each run a Ray task: on this machine, or on the cluster at `address`, with a file system that its nodes share.
+
+    The tasks end with this process, and each has a worker process of its own.
+    """
 
     name: str = "ray"
     address: str | None = None
@@ -26,42 +29,35 @@ class Ray:
     def check(self) -> None:
         needed("ray", "ray")
         for key in ("cpus", "gpus"):
-            _require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
+            require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
 
-    def open(self, directory: Path, runs: int) -> Pool:
-        return RayTasks(self)
-
-
-class RayTasks:
-    """Tasks of one Ray driver: they end with it, and each has a worker process of its own."""
-
-    def __init__(self, settings: Ray):
-        self.ray = ray = needed("ray", "ray")
+    def open(self, directory: Path, runs: int) -> Ray:
+        self.ray = needed("ray", "ray")
         self.slots: int | None = None
         self.going: dict[Any, str] = {}
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         try:
-            ray.init(
-                address=settings.address,
+            self.ray.init(
+                address=self.address,
                 log_to_driver=False,
                 logging_level="ERROR",
-                include_dashboard=False if settings.address is None else None,
+                include_dashboard=False if self.address is None else None,
                 configure_logging=True,
             )
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise UserError(f"launcher.address={settings.address}: {' '.join(str(error).split())[:300]}") from None
-        resources = {"num_cpus": settings.cpus, "num_gpus": settings.gpus}
-        if settings.memory_gb is not None:
-            resources["memory"] = settings.memory_gb * 2**30
-        self.remote = ray.remote(max_retries=0, max_calls=1, **resources)(work)
-        found = ray.cluster_resources()
-        self.description = f"Ray tasks ({found.get('CPU', 0):g} CPUs, {found.get('GPU', 0):g} GPUs in all)"
+            raise UserError(f"launcher.address={self.address}: {one_line(error)[:300]}") from None
+        memory = {} if self.memory_gb is None else {"memory": self.memory_gb * 2**30}
+        options = {"num_cpus": self.cpus, "num_gpus": self.gpus, "max_retries": 0, "max_calls": 1, **memory}
+        self.remote = self.ray.remote(**options)(work)
+        total = self.ray.cluster_resources()
+        self.description = f"Ray tasks ({total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs in all)"
+        return self
 
     def holds(self, name: str) -> bool:
-        return False  # a driver's tasks end with it
+        return False
 
-    def start(self, task: Task) -> None:
-        self.going[self.remote.remote(task)] = task.id
+    def start(self, job: Job) -> None:
+        self.going[self.remote.remote(job)] = job.id
 
     def ended(self) -> dict[str, str]:
         if not self.going:
@@ -74,7 +70,7 @@ class RayTasks:
             self.ray.get(reference)
             return ""
         except self.ray.exceptions.RayError as error:
-            return f"Ray: {' '.join(str(error).split())[:300]}"
+            return f"Ray: {one_line(error)[:300]}"
 
     def wait(self, seconds: float) -> None:
         if self.going:

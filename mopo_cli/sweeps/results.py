@@ -8,50 +8,39 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from functools import lru_cache
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mopo_cli.base.errors import UserError
-from mopo_cli.base.files import read_json, write_atomic, write_json
+from mopo_cli.base.files import write_atomic, write_json
+from mopo_cli.base.text import one_line
 from mopo_cli.config.compose import option_name
 from mopo_cli.config.schema import LoggerConfig
-from mopo_cli.runs.directory import RunDirectory
+from mopo_cli.runs.directory import ENDED, RunDirectory
+from mopo_cli.runs.find import sweep_entries
+from mopo_cli.runs.record import RunRecord, read_run
 from mopo_cli.sweeps.points import written
-from mopo_cli.sweeps.record import Record
-from mopo_cli.sweeps.worker import ENDED
 
 
-def with_every_key(records: Sequence[Record], directory: Path) -> list[Record]:
+def with_every_key(records: Sequence[RunRecord]) -> list[RunRecord]:
     """The records with the overrides that only others of them name, read from each run's own config.
 
     Runs of two sweeps in one directory may vary in different keys.
     """
-    keys = list(dict.fromkeys(key for record in records for key in record.overrides))
+    keys = list(dict.fromkeys(key for record in records for key in record.varying))
     return [
         record
-        if record.overrides.keys() >= set(keys)
-        else replace(record, overrides=_overrides(record, keys, directory))
+        if record.varying.keys() >= set(keys)
+        else replace(
+            record, varying={k: record.varying[k] if k in record.varying else _setting(record, k) for k in keys}
+        )
         for record in records
     ]
 
 
-@lru_cache(4096)
-def _settings(path: Path, changed: int) -> dict[str, Any]:
-    """A run's config, read once until it is written anew: a sweep asks for all of them whenever a run ends."""
-    return RunDirectory(path).settings()
-
-
-def _overrides(record: Record, keys: Sequence[str], directory: Path) -> dict[str, str]:
-    run = RunDirectory(directory / "runs" / record.id)
-    settings = _settings(run.path, run.config.stat().st_mtime_ns) if run.config.exists() else {}
-    return {key: record.overrides[key] if key in record.overrides else _setting(settings, key) for key in keys}
-
-
-def _setting(settings: dict[str, Any], key: str) -> str:
-    """A key of a config as text: of a group its option, of a mapping what it holds; empty where there is none."""
-    node: Any = settings
+def _setting(record: RunRecord, key: str) -> str:
+    """A key of a run's config as text: of a group its option, of a mapping what it holds; empty where there is none."""
+    node: Any = record.files.config
     for part in key.split("."):
         if not isinstance(node, dict) or part not in node:
             return ""
@@ -61,41 +50,43 @@ def _setting(settings: dict[str, Any], key: str) -> str:
     return str(node["name"]) if isinstance(node, dict) and "name" in node else written(node)
 
 
+def stays(record: RunRecord, retry: str) -> bool:
+    """Whether a run is left as it is."""
+    return retry != "all" and (record.state in ENDED or (record.state == "failed" and retry == "none"))
+
+
 # --------------------------------------------------------------------------------------------- best, and the front
-def best(records: Sequence[Record]) -> tuple[Record | None, str | None]:
+def best(records: Sequence[RunRecord]) -> tuple[RunRecord | None, str | None]:
     """The run that keeps every threshold and has the highest primary win rate; or None, and why."""
-    ended = [record for record in records if record.state in ENDED]
+    ended = [record for record in records if record.finished]
     if not ended:
         return None, "no run has ended"
     if len({record.primary for record in ended}) > 1:
         return None, "the runs maximise different objectives"
-    if len({record.asked for record in ended}) > 1:
+    if len({record.has_thresholds for record in ended}) > 1:
         return None, "some runs were asked for thresholds and others for none, which one number cannot compare"
-    kept = [record for record in ended if record.state == "done" and record.satisfied]
-    if not kept:
+    satisfied = [record for record in ended if record.state == "done" and record.satisfied is not False]
+    if not satisfied:
         return None, f"none of the {len(ended)} runs that ended keeps every threshold"
-    return max(kept, key=lambda record: record.reached(record.primary or "") or 0.0), None
+    return max(satisfied, key=lambda record: record.reached(record.primary or "") or 0.0), None
 
 
-def front(records: Sequence[Record]) -> list[Record]:
+def front(records: Sequence[RunRecord]) -> list[RunRecord]:
     """The runs that no other equals or exceeds in every objective; empty where runs have different objectives."""
-    ended = [record for record in records if record.state in ENDED]
-    if len({tuple(record.roles) for record in ended}) != 1:
+    ended = [record for record in records if record.finished]
+    if len({record.names for record in ended}) != 1:
         return []
-    from mopo_cli.maths.pareto import (
-        nondominated,  # here, since a sweep of which nothing has ended yet needs no moocore
-    )
+    from mopo_cli.maths.pareto import nondominated  # here, as a sweep of which nothing has ended needs no moocore
 
-    points = [[record.reached(name) or 0.0 for name in record.roles] for record in ended]
+    points = [[record.reached(name) or 0.0 for name in record.names] for record in ended]
     return [record for record, best in zip(ended, nondominated(points), strict=True) if best]
 
 
 # --------------------------------------------------------------------------------------------- files
-def write_results(directory: Path, records: Sequence[Record], state: str) -> None:
+def write_results(directory: Path, records: Sequence[RunRecord], state: str) -> None:
     """results.csv (a line for each run that ended or failed) and sweep.json (every run), each whole."""
-    finished = [record for record in records if record.state in (*ENDED, "failed")]
-    rows = [_row(record) for record in finished]
-    columns = list(dict.fromkeys(["id", *(k for r in records for k in r.overrides), *(k for row in rows for k in row)]))
+    rows = [_row(record) for record in records if record.state in (*ENDED, "failed")]
+    columns = list(dict.fromkeys(["id", *(k for r in records for k in r.varying), *(k for row in rows for k in row)]))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
@@ -104,17 +95,31 @@ def write_results(directory: Path, records: Sequence[Record], state: str) -> Non
     write_json(directory / "sweep.json", as_json(directory.name, records, state))
 
 
-def _row(record: Record) -> dict[str, Any]:
-    return {
-        "id": record.id,
-        **record.overrides,
-        "state": record.state,
-        "error": record.error and " ".join(record.error.split()),
-        **record.numbers,
-    }
+def _row(record: RunRecord) -> dict[str, Any]:
+    error = record.problem and one_line(record.problem)
+    return {"id": record.id, **record.varying, "state": record.state, "error": error, **numbers(record)}
 
 
-def as_json(name: str, records: Sequence[Record], state: str) -> dict[str, Any]:
+def numbers(record: RunRecord) -> dict[str, Any]:
+    """The columns of results.csv that come from a run's summary; none where it has not ended."""
+    if not record.finished:
+        return {}
+    columns: dict[str, Any] = {}
+    for name, result in record.objectives.items():
+        columns[f"win_rate/{name}"] = result.win_rate
+        columns[f"estimated/{name}"] = result.estimated
+        columns[f"threshold/{name}"] = result.threshold
+        columns[f"satisfied/{name}"] = result.satisfied
+    columns |= {f"dual/{name}": value for name, value in record.summary["duals"].items()}
+    oracle = record.summary.get("oracle")
+    if oracle:
+        columns |= {f"exact/{name}": value for name, value in oracle["win_rate"].items()}
+        columns |= {f"optimum/{name}": value for name, value in oracle["optimum"].items()}
+        columns["gap"] = oracle["gap"]
+    return columns | {"kl": record.summary["kl"], "warnings": len(record.warnings)}
+
+
+def as_json(name: str, records: Sequence[RunRecord], state: str) -> dict[str, Any]:
     winner, reason = best(records)
     return {
         "name": name,
@@ -123,30 +128,32 @@ def as_json(name: str, records: Sequence[Record], state: str) -> dict[str, Any]:
         "best": winner
         and {
             "id": winner.id,
-            "overrides": winner.overrides,
+            "overrides": winner.varying,
             "objective": winner.primary,
             "win_rate": winner.reached(winner.primary or ""),
-            "exact": f"exact/{winner.primary}" in winner.numbers,
+            "exact": winner.primary is not None and winner.objectives[winner.primary].exact is not None,
         },
         "no_best": reason,
         "front": [record.id for record in front(records)],
     }
 
 
-def _entry(record: Record) -> dict[str, Any]:
-    entry = asdict(record)
-    return {key: value for key, value in entry.items() if key not in ("numbers", "roles")} | entry["numbers"]
+def _entry(record: RunRecord) -> dict[str, Any]:
+    entry = {"id": record.id, "overrides": record.varying, "state": record.state, "error": record.problem}
+    return {**entry, "seconds": record.seconds, **numbers(record)}
 
 
 def earlier_runs(directory: Path) -> list[tuple[str, dict[str, str]]]:
     """Id and overrides of every run that sweep.json lists and whose directory is there still, in order."""
-    path = directory / "sweep.json"
-    if not path.exists():
-        return []
-    listed = read_json(path)
-    if not isinstance(listed, dict) or not isinstance(listed.get("runs"), list):
-        raise UserError(f"{path}: is not the list of a sweep's runs; choose another sweep.dir")
-    return [(r["id"], r["overrides"]) for r in listed["runs"] if (directory / "runs" / r["id"]).is_dir()]
+    entries = sweep_entries(directory) if (directory / "sweep.json").exists() else []
+    return [(entry["id"], entry["overrides"]) for entry in entries if (directory / "runs" / entry["id"]).is_dir()]
+
+
+def ended_runs(directory: Path) -> list[RunRecord]:
+    """The runs in a sweep's directory that have ended, whoever asked for them."""
+    places = sorted(path.parent for path in (directory / "runs").glob("*/summary.json"))
+    records = [read_run(path) for path in places]
+    return [record for record in records if record.finished]
 
 
 # --------------------------------------------------------------------------------------------- figures and W&B
@@ -169,7 +176,7 @@ def write_page(directory: Path) -> str:
 
 
 def publish(
-    directory: Path, logger: LoggerConfig, records: Sequence[Record], command: str, figures: Sequence[Path]
+    directory: Path, logger: LoggerConfig, records: Sequence[RunRecord], command: str, figures: Sequence[Path]
 ) -> str | None:
     """The sweep's own run on W&B, in the group of its points: results, front, figures. Returns the upload command."""
     from mopo_cli.runs.tracking import Tracker
@@ -180,11 +187,10 @@ def publish(
     columns = list(dict.fromkeys(key for row in rows for key in row))
     tracker.table("results", columns, [[row.get(column) for column in columns] for row in rows])
     ends = front(records)
-    names = list(ends[0].roles) if ends else []
+    names = list(ends[0].names) if ends else []
     tracker.table("front", ["id", *names], [[r.id, *(r.reached(name) for name in names)] for r in ends])
     tracker.figures(figures)
-    told = as_json(directory.name, records, "done")
-    tracker.summarise({"best": told["best"] or {"id": None}, "front": told["front"]})
-    counted = {state: sum(r.state == state for r in records) for state in ("done", "infeasible", "failed")}
-    tracker.summarise({"runs": counted})
+    summary = as_json(directory.name, records, "done")
+    counts = {state: sum(r.state == state for r in records) for state in (*ENDED, "failed")}
+    tracker.summarise({"best": summary["best"] or {"id": None}, "front": summary["front"], "runs": counts})
     return tracker.finish()

@@ -14,19 +14,21 @@ from typing import Any
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
 
 from mopo_cli.base.errors import UserError, needed
+from mopo_cli.base.text import one_line
+from mopo_cli.runs.record import RunRecord
 from mopo_cli.sweeps.points import Point, Points, first_choice, parse, point_of
-from mopo_cli.sweeps.record import Record
-from mopo_cli.sweeps.worker import ENDED
 
 
 @dataclass
 class Optuna:
-    """The settings of sweeper=optuna."""
+    """Points as Optuna proposes them; those of an earlier sweep process come first, in their order."""
 
     name: str = "optuna"
     trials: int = 20
     startup: int = 8
     seed: int = 0
+
+    fixed = False
 
     def check(self) -> None:
         for key in ("trials", "startup"):
@@ -42,26 +44,16 @@ class Optuna:
                 f"sweep.grid: sweeper=optuna searches one space, and this preset has {len(grids)} grids; give it the "
                 "keys of one (algorithm=mopo, say), or use sweeper=grid"
             )
-        return Search(self, grids[0], earlier)
-
-
-class Search:
-    """Points as Optuna proposes them; those of an earlier sweep process come first, in their order."""
-
-    fixed = False
-
-    def __init__(self, settings: Optuna, overrides: Sequence[str], earlier: Sequence[dict[str, str]]):
-        self.settings, self.total = settings, settings.trials
-        self.parsed = parse(overrides)
-        swept = [override for override in self.parsed if override.is_sweep_override()]
-        self.space = {override.get_key_element().lstrip("+"): _distribution(override) for override in swept}
+        self.total, self.parsed = self.trials, parse(grids[0])
+        self.space = {key: _distribution(override) for key, override in self._swept()}
         if not self.space:
             raise UserError("sweeper=optuna: nothing to search over; give a key a range: tau=interval(0.05,1)")
         if "objectives" in self.space:
             raise UserError("objectives: sweeper=optuna needs the same objectives in every trial")
-        self.earlier = [given for given in earlier if given.keys() == self.space.keys()]
-        self.asked: list[tuple[dict[str, Any], Point]] = []
-        self.records: dict[str, Record] = {}
+        self.earlier = [texts for texts in earlier if texts.keys() == self.space.keys()]
+        self.proposed: list[tuple[dict[str, Any], Point]] = []
+        self.records: dict[str, RunRecord] = {}
+        return self
 
     def known(self) -> list[Point]:
         """The first of every choice, and the last."""
@@ -70,15 +62,15 @@ class Search:
         return [self._point(first)] + ([self._point(last)] if last != first else [])
 
     def next(self) -> Point | None:
-        if len(self.asked) >= self.total:
+        number = len(self.proposed)
+        if number >= self.total:
             return None
-        number = len(self.asked)
         texts = self.earlier[number] if number < len(self.earlier) else self._propose(number)
         values = {key: _value(self.space[key], texts[key]) for key in self.space}
-        self.asked.append((values, self._point(texts)))
-        return self.asked[-1][1]
+        self.proposed.append((values, self._point(texts)))
+        return self.proposed[-1][1]
 
-    def tell(self, point: Point, record: Record) -> None:
+    def tell(self, point: Point, record: RunRecord) -> None:
         self.records[point.id] = record
 
     def _swept(self) -> list[tuple[str, Override]]:
@@ -93,27 +85,31 @@ class Search:
         return point_of(self.parsed, read)
 
     def _propose(self, number: int) -> dict[str, str]:
-        """Optuna's next point, given every point so far and its result."""
+        """Optuna's next point, given every point so far and its result.
+
+        The study is told everything anew each time: what is in the run directories is the truth, also where a run
+        that had failed was done again, or a point was read back with the six digits that its override has.
+        """
         optuna = needed("optuna", "optuna")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        names = next((list(r.roles) for r in self.records.values() if r.roles), ["objective"])
+        names = next((r.names for r in self.records.values() if r.finished), ("objective",))
         study = optuna.create_study(directions=["maximize"] * len(names), sampler=optuna.samplers.RandomSampler(seed=0))
-        for values, point in self.asked:
+        for values, point in self.proposed:
             study.enqueue_trial(values)
             trial = study.ask(self.space)
             record = self.records.get(point.id)
-            if record is not None and record.state in ENDED:
+            if record is not None and record.finished:
                 for name in names:
-                    asked = record.numbers.get(f"threshold/{name}")
-                    if asked is not None:
-                        trial.set_constraint(name, asked - (record.reached(name) or 0.0))
+                    threshold = record.objectives[name].threshold
+                    if threshold is not None:
+                        trial.set_constraint(name, threshold - (record.reached(name) or 0.0))
                 study.tell(trial, [record.reached(name) or 0.0 for name in names])
             elif record is not None and record.state == "failed":
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that parts of Optuna may change
             study.sampler = optuna.samplers.TPESampler(
-                n_startup_trials=self.settings.startup, seed=self.settings.seed * 100_003 + number, constant_liar=True
+                n_startup_trials=self.startup, seed=self.seed * 100_003 + number, constant_liar=True
             )
             trial = study.ask(self.space)
         return {key: _text(_bounded(self.space[key], value)) for key, value in trial.params.items()}
@@ -121,18 +117,18 @@ class Search:
 
 def _distribution(override: Override) -> Any:
     """What Optuna draws from, for one swept override."""
-    known, value = needed("optuna", "optuna").distributions, override.value()
+    distributions, value = needed("optuna", "optuna").distributions, override.value()
     try:
         if isinstance(value, IntervalSweep):
-            kind = known.IntDistribution if isinstance(value.start, int) else known.FloatDistribution
+            kind = distributions.IntDistribution if isinstance(value.start, int) else distributions.FloatDistribution
             return kind(value.start, value.end, log="log" in value.tags)
         if isinstance(value, RangeSweep) and all(isinstance(v, int) for v in (value.start, value.stop, value.step)):
             steps = range(int(value.start), int(value.stop), int(value.step))  # type: ignore[arg-type]
-            return known.IntDistribution(steps[0], steps[-1], step=steps.step)
+            return distributions.IntDistribution(steps[0], steps[-1], step=steps.step)
         assert isinstance(value, ChoiceSweep | RangeSweep)
-        return known.CategoricalDistribution(list(override.sweep_string_iterator()))
+        return distributions.CategoricalDistribution(list(override.sweep_string_iterator()))
     except (ValueError, IndexError, AssertionError, TypeError) as error:
-        raise UserError(f"cannot search over {override.input_line!r}: {' '.join(str(error).split())}") from None
+        raise UserError(f"cannot search over {override.input_line!r}: {one_line(error)}") from None
 
 
 def _text(value: Any) -> str:

@@ -12,14 +12,21 @@ from typing import Any
 
 from mopo_cli.base.errors import UserError, needed
 from mopo_cli.base.files import read_json, write_json
-from mopo_cli.sweeps.pools import PATIENCE, Pool, _require
-from mopo_cli.sweeps.worker import Task, work
+from mopo_cli.base.text import one_line
+from mopo_cli.sweeps.pools import PATIENCE, require
+from mopo_cli.sweeps.worker import Job, work
+
+GRACE = 5.0  # seconds that a shared file system may take to show what a job wrote last
+LIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED")
+LIVE += ("STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING", "RESV_DEL_HOLD", "SPECIAL_EXIT", "PREEMPTED")
 
 
-# --------------------------------------------------------------------------------------------- Slurm
 @dataclass
 class Slurm:
-    """Each run a Slurm job, submitted through submitit. The directory of the sweep must be one that the nodes share."""
+    """Each run a Slurm job, submitted through submitit. The directory of the sweep must be one that the nodes share.
+
+    Jobs are written down beside the runs, so that a sweep that comes back finds those that are still going on.
+    """
 
     name: str = "slurm"
     partition: str | None = None
@@ -38,95 +45,82 @@ class Slurm:
     def check(self) -> None:
         needed("submitit", "slurm")
         for key in ("timeout_min", "cpus_per_task", "poll"):
-            _require(getattr(self, key) > 0, key, getattr(self, key), "above 0")
-        _require(self.jobs is None or self.jobs >= 1, "jobs", self.jobs, "1 or more, or null")
+            require(getattr(self, key) > 0, key, getattr(self, key), "above 0")
+        require(self.jobs is None or self.jobs >= 1, "jobs", self.jobs, "1 or more, or null")
         missing = [name for name in ("sbatch", "squeue", "scancel") if shutil.which(name) is None]
         if missing:
             raise UserError(f"launcher=slurm: there is no {missing[0]} here; run mopo where Slurm's commands are")
-        reached = subprocess.run(["squeue", "--noheader"], capture_output=True, text=True)
-        if reached.returncode:
-            raise UserError(f"launcher=slurm: squeue says: {' '.join(reached.stderr.split())}")
+        answer = subprocess.run(["squeue", "--noheader"], capture_output=True, text=True)
+        if answer.returncode:
+            raise UserError(f"launcher=slurm: squeue says: {one_line(answer.stderr)}")
 
-    def open(self, directory: Path, runs: int) -> Pool:
-        return SlurmJobs(self, directory)
-
-
-class SlurmJobs:
-    """Jobs are written down beside the runs, so that a sweep that comes back finds those that are still going on."""
-
-    GRACE = 5.0  # seconds that a shared file system may take to show what a job wrote last
-    LIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED")
-    LIVE += ("STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING", "RESV_DEL_HOLD", "SPECIAL_EXIT", "PREEMPTED")
-
-    def __init__(self, settings: Slurm, directory: Path):
-        submitit = needed("submitit", "slurm")
-        self.slots = settings.jobs
-        self.poll = settings.poll
+    def open(self, directory: Path, runs: int) -> Slurm:
+        self.slots = self.jobs
         self.folder = (directory / "jobs").absolute()
-        self.description = f"Slurm jobs{f' in {settings.partition}' if settings.partition else ''}"
+        self.description = f"Slurm jobs{f' in {self.partition}' if self.partition else ''}"
         self.going: dict[str, str] = {}
         self.over: dict[str, tuple[float, str]] = {}
-        self.asked = 0.0
-        self.executor = submitit.SlurmExecutor(self.folder, max_num_timeout=settings.requeues)
-        given = {
-            "partition": settings.partition,
-            "account": settings.account,
-            "qos": settings.qos,
-            "constraint": settings.constraint,
-            "time": settings.timeout_min,
-            "cpus_per_task": settings.cpus_per_task,
-            "gpus_per_node": settings.gpus_per_node,
-            "mem": None if settings.mem_gb is None else f"{round(settings.mem_gb * 1024)}MB",
-            "additional_parameters": settings.additional_parameters or None,
+        self.polled = 0.0
+        self.executor = needed("submitit", "slurm").SlurmExecutor(self.folder, max_num_timeout=self.requeues)
+        options = {
+            "partition": self.partition,
+            "account": self.account,
+            "qos": self.qos,
+            "constraint": self.constraint,
+            "time": self.timeout_min,
+            "cpus_per_task": self.cpus_per_task,
+            "gpus_per_node": self.gpus_per_node,
+            "mem": None if self.mem_gb is None else f"{round(self.mem_gb * 1024)}MB",
+            "additional_parameters": self.additional_parameters or None,
         }
         self.executor.update_parameters(
             job_name=f"mopo {directory.name}",
             stderr_to_stdout=True,
-            **{key: value for key, value in given.items() if value is not None},
+            **{key: value for key, value in options.items() if value is not None},
         )
+        return self
 
     def holds(self, name: str) -> bool:
         path = self._note_of(name)
-        return path.exists() and self.states().get(read_json(path)["job"]) in self.LIVE
+        return path.exists() and self.states().get(read_json(path)["job"]) in LIVE
 
     def _note_of(self, name: str) -> Path:
         return self.folder / f"{name}.json"
 
-    def start(self, task: Task) -> None:
-        """Submit the task, unless its job of an earlier sweep process is still going on."""
-        if self.holds(task.id):
-            self.going[task.id] = read_json(self._note_of(task.id))["job"]
+    def start(self, job: Job) -> None:
+        """Submit the run, unless its Slurm job of an earlier sweep process is still going on."""
+        if self.holds(job.id):
+            self.going[job.id] = read_json(self._note_of(job.id))["job"]
             return
         try:
-            self.going[task.id] = self.executor.submit(SlurmTask(task)).job_id
+            self.going[job.id] = self.executor.submit(Requeued(job)).job_id
         except Exception as error:  # submitit passes on what sbatch says
-            raise UserError(f"launcher=slurm: sbatch refused: {' '.join(str(error).split())[-500:]}") from None
-        write_json(self._note_of(task.id), {"job": self.going[task.id]})
+            raise UserError(f"launcher=slurm: sbatch refused: {one_line(error)[-500:]}") from None
+        write_json(self._note_of(job.id), {"job": self.going[job.id]})
 
     def states(self) -> dict[str, str]:
         """Of every job of this user that Slurm remembers; raises subprocess.CalledProcessError where it is silent."""
-        asked = ["squeue", "--me", "--noheader", "--states=all", "--format=%i|%T"]
-        lines = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()
+        query = ["squeue", "--me", "--noheader", "--states=all", "--format=%i|%T"]
+        lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
         return dict(line.strip().split("|", 1) for line in lines if "|" in line)
 
     def ended(self) -> dict[str, str]:
         now = time.monotonic()
-        if self.going.keys() - self.over.keys() and now - self.asked >= self.poll:
-            self.asked = now
+        if self.going.keys() - self.over.keys() and now - self.polled >= self.poll:
+            self.polled = now
             with contextlib.suppress(subprocess.CalledProcessError):  # the controller is away: ask again
                 self._note(self.states(), now)
-        ready = {name: note for name, (since, note) in self.over.items() if now - since >= self.GRACE}
+        ready = {name: note for name, (since, note) in self.over.items() if now - since >= GRACE}
         for name in ready:
             del self.over[name], self.going[name]
         return ready
 
     def _note(self, states: dict[str, str], now: float) -> None:
-        for name, job in self.going.items():
-            state = states.get(job, "gone")
-            if name not in self.over and state not in self.LIVE:
-                told = "" if state == "COMPLETED" else f"Slurm job {job}: {state}"
-                hint = f" (see {self.folder / f'{job}_0_log.out'})" if told else ""
-                self.over[name] = (now, told + hint)
+        for name, number in self.going.items():
+            state = states.get(number, "gone")
+            if name not in self.over and state not in LIVE:
+                log = self.folder / f"{number}_0_log.out"
+                self.over[name] = (now, "" if state == "COMPLETED" else f"Slurm job {number}: {state} (see {log})")
 
     def wait(self, seconds: float) -> None:
         time.sleep(seconds)
@@ -138,19 +132,19 @@ class SlurmJobs:
         subprocess.run(["scancel", *self.going.values()], capture_output=True)
         until = time.monotonic() + PATIENCE
         while self.going and time.monotonic() < until:
-            self.asked = 0.0
+            self.polled = 0.0
             self.ended()
             time.sleep(0.5)
 
 
-class SlurmTask:
-    """A task as submitit runs it: at the time limit the job goes back into the queue, then on from its checkpoint."""
+@dataclass
+class Requeued:
+    """A run as submitit calls it: at the time limit the job goes back into the queue, then on from its checkpoint."""
 
-    def __init__(self, task: Task):
-        self.task = task
+    job: Job
 
     def __call__(self) -> None:
-        work(self.task)
+        work(self.job)
 
     def checkpoint(self) -> Any:
         return needed("submitit.helpers", "slurm").DelayedSubmission(self)

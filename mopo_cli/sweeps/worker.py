@@ -17,16 +17,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mopo_cli.base import invocation
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.files import read_json
-from mopo_cli.runs.directory import RunDirectory, locked
+from mopo_cli.runs.directory import ENDED, RunDirectory, locked
 
-ENDED = ("done", "infeasible")
 EVERY = 0.5  # seconds between two writes of progress.json
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class Job:
     """A run as it travels to the process that does it: plain values, so that any machine can read them."""
 
     id: str
@@ -34,6 +34,12 @@ class Task:
     directory: str
     cwd: str  # relative paths in the settings start here
     overrides: tuple[str, ...] = ()
+
+    @property
+    def command(self) -> str:
+        """What would run it alone: only a sweep takes a preset."""
+        preset = any(override.lstrip("+").startswith("experiment=") for override in self.overrides)
+        return "sweep" if preset else "train"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,34 +104,31 @@ class Reporter:
         temporary.replace(self.path)
 
 
-def work(task: Task) -> None:
+def work(job: Job) -> None:
     """Begin the run, or go on with it from its checkpoint; how it ended is in status.json. Never raises Exception.
 
     Nothing is done where the run has ended or another process holds it, so starting it once too often is harmless.
     """
-    os.chdir(task.cwd)
-    if task.cwd not in sys.path:
-        sys.path.append(task.cwd)  # a user's own scorer lies there
-    preset = any(
-        override.lstrip("+").startswith("experiment=") for override in task.overrides
-    )  # which only a sweep takes
-    sys.argv = ["mopo", "sweep" if preset else "train", *task.overrides]  # what summary and model card call the command
-    run = RunDirectory(Path(task.directory))
+    os.chdir(job.cwd)
+    if job.cwd not in sys.path:
+        sys.path.append(job.cwd)  # a user's own scorer lies there
+    invocation.begin((job.command, *job.overrides))
+    run = RunDirectory(Path(job.directory))
     if locked(run) or (run.status.exists() and run.state() in ENDED):
         return
     run.path.mkdir(parents=True, exist_ok=True)
     with _output_to(log_of(run)):
-        _train(task, run)
+        _train(job, run)
 
 
-def _train(task: Task, run: RunDirectory) -> None:
+def _train(job: Job, run: RunDirectory) -> None:
     from mopo_cli.base import console
 
     report = Reporter(run.path / "progress.json")
     console.console.is_interactive = False
     console.follower = report
     try:
-        _attempt(task, run)
+        _attempt(job, run)
     except UserError as error:
         _failed(run, error)
     except Exception as error:
@@ -141,14 +144,14 @@ def _train(task: Task, run: RunDirectory) -> None:
         report.write()
 
 
-def _attempt(task: Task, run: RunDirectory) -> None:
+def _attempt(job: Job, run: RunDirectory) -> None:
     from omegaconf import OmegaConf
 
     from mopo_cli.base.processes import build_accelerator
     from mopo_cli.config import compose, schema
     from mopo_cli.pipeline import train
 
-    composed = OmegaConf.create(task.settings)
+    composed = OmegaConf.create(job.settings)
     composed.run.resume = bool(run.config.exists() and run.state())
     if run.status.exists():
         run.set_state("running")  # not what an earlier attempt ended with
@@ -168,7 +171,7 @@ def _failed(run: RunDirectory, error: Exception) -> None:
 @contextmanager
 def _output_to(path: Path) -> Iterator[None]:
     """Standard output and error, of libraries as well, appended to a file."""
-    kept = os.dup(1), os.dup(2)
+    streams = os.dup(1), os.dup(2)
     with open(path, "a", encoding="utf-8") as file:
         for number in (1, 2):
             os.dup2(file.fileno(), number)
@@ -177,7 +180,7 @@ def _output_to(path: Path) -> Iterator[None]:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        for number, copy in zip((1, 2), kept, strict=True):
+        for number, copy in zip((1, 2), streams, strict=True):
             os.dup2(copy, number)
             os.close(copy)
 

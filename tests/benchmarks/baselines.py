@@ -21,10 +21,10 @@ import numpy as np
 from mopo_cli.config.compose import in_grammar
 from mopo_cli.maths import pareto
 from mopo_cli.report import marks
-from mopo_cli.report.build import read_sweep
 from mopo_cli.report.marks import rows
 from mopo_cli.report.theme import INK, OPTIMUM, below, drawing, save, spec_of
-from mopo_cli.runs.record import ReportedRun
+from mopo_cli.runs.find import read_sweep
+from mopo_cli.runs.record import RunRecord
 
 ROOT = Path("outputs/baselines")
 DOCS = Path(__file__).parents[2] / "docs"
@@ -103,7 +103,7 @@ def policies_of(directory: Path) -> tuple[list[Policy], World]:
     return [policy_of(run, exact) for run in runs], World(names, worst, front)
 
 
-def policy_of(run: ReportedRun, exact: bool) -> Policy:
+def policy_of(run: RunRecord, exact: bool) -> Policy:
     by, asked = trade_off(run)
     oracle, train = run.summary.get("oracle") or {}, run.summary["train"]
     threshold = float(asked) if by == ASKED["threshold"] else None
@@ -124,7 +124,7 @@ def policy_of(run: ReportedRun, exact: bool) -> Policy:
     )
 
 
-def trade_off(run: ReportedRun) -> tuple[str, str]:
+def trade_off(run: RunRecord) -> tuple[str, str]:
     """By what a run was told its trade-off, and the trade-off, as the sweep has it."""
     for key, value in run.varying.items():
         known = key if key in ASKED else key.rpartition(".")[2]

@@ -16,8 +16,9 @@ from running import TINY, Finished, mopo, read_json
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.types import Example
 from mopo_cli.config.schema import EvalConfig
-from mopo_cli.evaluation.entrants import check_alike, find_entrants, newest_run, read_answers
+from mopo_cli.evaluation.entrants import check_alike, find_entrants, read_answers
 from mopo_cli.evaluation.responses import evaluated_prompts
+from mopo_cli.runs.find import newest_run
 
 Run = Callable[..., Finished]
 QUICK = ("evaluation.exact_prompts=8", "evaluation.prompts=16", "evaluation.bootstrap=50", "sampling.max_new_tokens=12")

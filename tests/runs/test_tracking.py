@@ -15,9 +15,10 @@ import pytest
 from running import TINY, Finished, mopo, read_json, read_metrics, results, stop_when
 
 from mopo_cli.base.errors import UserError
+from mopo_cli.base.text import flat
 from mopo_cli.config.schema import LoggerConfig
 from mopo_cli.runs.directory import RunDirectory
-from mopo_cli.runs.tracking import Tracker, flatten, printable, wandb_mode
+from mopo_cli.runs.tracking import Tracker, printable, wandb_mode
 
 Run = Callable[..., Finished]
 KEY = "0123456789" * 4
@@ -120,7 +121,7 @@ class TestLines:
         assert list(tmp_path.iterdir()) == []
 
     def test_names_and_values_for_wandb(self):
-        assert flatten({"a": {"b": 1, "c": {"d": [2]}}, "e": None}) == {"a/b": 1, "a/c/d": [2], "e": None}
+        assert dict(flat({"a": {"b": 1, "c": {"d": [2]}}, "e": None}, "/")) == {"a/b": 1, "a/c/d": [2], "e": None}
         assert printable({"t0": math.inf, "a": {"b": 0.5, "c": None}}) == {"t0": "inf", "a": {"b": 0.5, "c": None}}
 
 

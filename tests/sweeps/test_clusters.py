@@ -16,10 +16,10 @@ import pytest
 from running import TIMEOUT, TINY, Finished, mopo, read_json, start, wait_for
 
 from mopo_cli.base.errors import UserError
+from mopo_cli.runs.record import RunFiles, RunRecord
 from mopo_cli.sweeps import pools
 from mopo_cli.sweeps.pools import Parallel, Processes, _exit_note
-from mopo_cli.sweeps.record import Record
-from mopo_cli.sweeps.worker import Task, work
+from mopo_cli.sweeps.worker import Job, work
 
 Run = Callable[..., Finished]
 FAST = (*TINY, "steps=4", "checkpoint_every=1", "onpolicy.every=2", "onpolicy.prompts=8", "onpolicy.train_prompts=8",
@@ -66,7 +66,7 @@ class TestWorker:
     def test_a_run_that_has_ended_is_left_alone(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.chdir(tmp_path)
         (tmp_path / "status.json").write_text('{"state": "done", "step": 3, "error": null}')
-        work(Task("a", {}, str(tmp_path), str(tmp_path)))
+        work(Job("a", {}, str(tmp_path), str(tmp_path)))
         assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
 
 
@@ -83,9 +83,13 @@ class TestSearch:
 
         return Optuna(**settings).open([overrides], (), earlier)
 
-    def result(self, name: str, tau: float) -> Record:
-        numbers = {"win_rate/a": 1 - tau, "win_rate/b": tau, "threshold/b": 0.3}
-        return Record(name, {}, "done", None, 1.0, numbers, {"a": "primary", "b": "secondary"})
+    def result(self, name: str, tau: float) -> RunRecord:
+        rates = {"a": ("primary", 1 - tau, None), "b": ("secondary", tau, 0.3)}
+        objectives = {
+            key: {"role": role, "win_rate": rate, "win_rate_ci95": [rate, rate], "threshold": threshold}
+            for key, (role, rate, threshold) in rates.items()
+        }
+        return RunRecord(name, RunFiles(Path("nowhere") / name), "done", summary={"objectives": objectives})
 
     def proposed(self, count: int, earlier: tuple[dict[str, str], ...] = (), seed: int = 0) -> list[dict[str, str]]:
         space = ("steps=9", "tau=interval(0.05,1.0)", "beta=0.9,0.99", "seed=range(0,10,3)")

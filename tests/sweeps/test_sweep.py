@@ -22,8 +22,9 @@ from mopo_cli.base.errors import UserError
 from mopo_cli.config.compose import compose, typed
 from mopo_cli.config.schema import TrainConfig
 from mopo_cli.runs.directory import RunDirectory, open_run
+from mopo_cli.runs.record import RunFiles, RunRecord
 from mopo_cli.sweeps.board import Board, Line, short_names
-from mopo_cli.sweeps.eta import estimate
+from mopo_cli.sweeps.eta import expected
 from mopo_cli.sweeps.points import (
     check_different,
     compose_point,
@@ -36,8 +37,7 @@ from mopo_cli.sweeps.points import (
     settings_of,
     union,
 )
-from mopo_cli.sweeps.record import Record
-from mopo_cli.sweeps.results import best, front, with_every_key
+from mopo_cli.sweeps.results import best, ended_runs, front, with_every_key
 from mopo_cli.sweeps.search import Optuna
 
 Run = Callable[..., Finished]
@@ -175,32 +175,33 @@ class TestListOfGrids:
             Optuna().open(grids_of(METHODS), [], [])
 
     def test_records_show_the_keys_of_others_as_their_configs_have_them(self, tmp_path: Path):
-        records = [Record("d", {"algorithm": "dpo", "algorithm.weights": "{a:1}"}), Record("m", {"seed": "0"})]
+        files = [RunFiles(tmp_path / "runs" / name) for name in ("d", "m")]
+        records = [
+            RunRecord("d", files[0], "done", {"algorithm": "dpo", "algorithm.weights": "{a:1}"}),
+            RunRecord("m", files[1], "done", {"seed": "0"}),
+        ]
         (tmp_path / "runs" / "m").mkdir(parents=True)
         config = {"algorithm": {"_target_": "mopo_cli.algorithms.mopo.Mopo", "sigma": 0.1}, "seed": 0}
         OmegaConf.save(OmegaConf.create(config), tmp_path / "runs" / "m" / "config.yaml")
-        first, second = with_every_key(records, tmp_path)
-        assert first.overrides == {"algorithm": "dpo", "algorithm.weights": "{a:1}", "seed": ""}
-        assert second.overrides == {"algorithm": "mopo", "algorithm.weights": "", "seed": "0"}
+        first, second = with_every_key(records)
+        assert first.varying == {"algorithm": "dpo", "algorithm.weights": "{a:1}", "seed": ""}
+        assert second.varying == {"algorithm": "mopo", "algorithm.weights": "", "seed": "0"}
 
 
-class TestEstimate:
+class TestEta:
     def test_methods_take_each_its_own_time(self, tmp_path: Path):
-        points = []
+        settings = {}
         for number, (name, seconds) in enumerate({"dpo": 10.0, "mopo": 40.0, "sft": 0.0}.items()):
-            settings = {"algorithm": {"name": name}, "batch_size": 8, "steps": 20}
+            settings[name] = {"algorithm": {"name": name}, "batch_size": 8, "steps": 20}
             if seconds:
-                run = tmp_path / "sweep" / "old" / "runs" / str(number)
+                run = tmp_path / "runs" / str(number)
                 run.mkdir(parents=True)
-                OmegaConf.save(OmegaConf.create(settings | {"steps": 10}), run / "config.yaml")
                 took = {"alignment_seconds": seconds, "wall_seconds": seconds + 1, "steps": 10}
-                told = {"objectives": {}, "algorithm": name, "train": took}
-                (run / "summary.json").write_text(json.dumps(told))
-            points.append((settings, RunDirectory(tmp_path / "sweep" / "new" / "runs" / name)))
-        found = estimate(points, tmp_path / "sweep" / "new")
-        assert found is not None
-        assert (found.of["dpo"], found.of["mopo"]) == (21.0, 81.0)
-        assert found.of["sft"] in (21.0, 81.0)  # it has not run yet, and goes by another
+                (run / "summary.json").write_text(json.dumps({"objectives": {}, "algorithm": name, "train": took}))
+        seconds = expected(settings, ended_runs(tmp_path))
+        assert (seconds["dpo"], seconds["mopo"]) == (21.0, 81.0)
+        assert seconds["sft"] == 51.0  # none has run yet: it goes by the others
+        assert expected(settings, []) == {}
 
 
 class TestGrid:
@@ -337,15 +338,29 @@ class TestSamePoint:
         ]  # W&B takes 64 characters
 
 
-def ended(name: str, helpful: float, harmless: float, kept: bool = True, exact: float | None = None) -> Record:
-    numbers = {"win_rate/helpful": helpful, "win_rate/harmless": harmless, "satisfied/harmless": kept}
-    numbers |= {} if exact is None else {"exact/helpful": exact}
-    return Record(name, {}, "done", None, 1.0, numbers, {"helpful": "primary", "harmless": "secondary"})
+def unended(name: str, state: str) -> RunRecord:
+    return RunRecord(name, RunFiles(Path("nowhere") / name), state)
+
+
+def ended(name: str, helpful: float, harmless: float, satisfied: bool = True, exact: float | None = None) -> RunRecord:
+    rates = {"helpful": (helpful, "primary", None), "harmless": (harmless, "secondary", satisfied)}
+    objectives = {
+        key: {"role": role, "win_rate": rate, "win_rate_ci95": [rate, rate], "satisfied": verdict}
+        for key, (rate, role, verdict) in rates.items()
+    }
+    oracle = None if exact is None else {"win_rate": {"helpful": exact}}
+    summary = {"objectives": objectives, "oracle": oracle, "train": {"wall_seconds": 1.0}}
+    return RunRecord(name, RunFiles(Path("nowhere") / name), "done", summary=summary)
 
 
 class TestBest:
     def test_the_highest_primary_among_those_that_keep_every_threshold(self):
-        runs = [ended("a", 0.5, 0.6), ended("b", 0.6, 0.6), ended("c", 0.9, 0.4, kept=False), Record("d", {}, "failed")]
+        runs = [
+            ended("a", 0.5, 0.6),
+            ended("b", 0.6, 0.6),
+            ended("c", 0.9, 0.4, satisfied=False),
+            unended("d", "failed"),
+        ]
         found, reason = best(runs)
         assert found is not None
         assert (found.id, reason) == ("b", None)
@@ -358,10 +373,13 @@ class TestBest:
 
     def test_none_and_why(self):
         assert best([]) == (None, "no run has ended")
-        assert best([ended("a", 0.9, 0.4, kept=False)]) == (None, "none of the 1 runs that ended keeps every threshold")
+        assert best([ended("a", 0.9, 0.4, satisfied=False)]) == (
+            None,
+            "none of the 1 runs that ended keeps every threshold",
+        )
 
     def test_the_front(self):
-        runs = [ended("a", 0.5, 0.6), ended("b", 0.6, 0.5), ended("c", 0.5, 0.5), Record("d", {}, "failed")]
+        runs = [ended("a", 0.5, 0.6), ended("b", 0.6, 0.5), ended("c", 0.5, 0.5), unended("d", "failed")]
         assert [record.id for record in front(runs)] == ["a", "b"]
 
 
@@ -369,7 +387,7 @@ class TestBoard:
     def board(self, tmp_path: Path, states: list[str]) -> Board:
         board = Board("s", len(states), slots=2)
         for number, state in enumerate(states):
-            board.lines[str(number)] = Line(Record(str(number), {}, state), RunDirectory(tmp_path))
+            board.lines[str(number)] = Line(unended(str(number), state))
         return board
 
     def test_eta_shares_what_is_left_among_the_slots(self, tmp_path: Path):
