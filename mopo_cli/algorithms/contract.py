@@ -7,6 +7,7 @@ import time
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Protocol
 
+from mopo_cli.base.types import primary_first
 from mopo_cli.config.compose import build, class_of
 from mopo_cli.config.schema import TrainConfig
 from mopo_cli.data.directions import Directions, Levels, weighed
@@ -38,12 +39,12 @@ def aim_of(setting: Setting, alike: bool) -> str:
     return weighed(setting.config.algorithm) or default
 
 
-class Method(Protocol):
+class Algorithm(Protocol):
     """What an algorithm's config names by _target_.
 
     It is built with its own keys of the config and with those of names, thresholds, tau, beta, epsilon, t0,
-    unscored and preference_form that its constructor takes (inputs.build_method); it raises UserError where a setting
-    is wrong. It may have check(inputs), which raises UserError where data or model do not suit it, before anything is
+    unscored and preference_form that its constructor takes (build_algorithm); it raises UserError where a
+    setting is wrong. It may have check(inputs), which raises UserError where data or model do not suit it, before anything is
     fitted.
     """
 
@@ -69,8 +70,8 @@ def finished(work: Work) -> Work:
     return work
 
 
-def build_method(config: TrainConfig, names: tuple[str, ...], thresholds: tuple[float | None, ...]) -> Method:
-    """The method that algorithm._target_ names, with those of the run's settings that it takes.
+def build_algorithm(config: TrainConfig, names: tuple[str, ...], thresholds: tuple[float | None, ...]) -> Algorithm:
+    """The algorithm that algorithm._target_ names, with those of the run's settings that it takes.
 
     unscored: the objectives whose judge compares responses without giving them values.
     """
@@ -85,7 +86,7 @@ def build_method(config: TrainConfig, names: tuple[str, ...], thresholds: tuple[
     return build({**node, "_partial_": False}, "algorithm", **{k: v for k, v in given.items() if k in taken})
 
 
-def method_of(config: TrainConfig) -> Method:
-    """The method that the config names, for its objectives: the primary first."""
-    names = sorted(config.objectives, key=lambda name: config.objectives[name].role != "primary")
-    return build_method(config, tuple(names), tuple(config.objectives[name].threshold for name in names[1:]))
+def algorithm_of(config: TrainConfig) -> Algorithm:
+    """The algorithm that the config names, for its objectives: the primary first."""
+    names = list(primary_first(config.objectives))
+    return build_algorithm(config, tuple(names), tuple(config.objectives[name].threshold for name in names[1:]))

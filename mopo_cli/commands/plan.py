@@ -9,7 +9,7 @@ from accelerate.utils import set_seed
 from omegaconf import DictConfig
 from rich.table import Table
 
-from mopo_cli.algorithms.contract import method_of
+from mopo_cli.algorithms.contract import algorithm_of
 from mopo_cli.algorithms.mopo import Mopo
 from mopo_cli.base.console import say, show, table
 from mopo_cli.base.errors import UserError
@@ -35,7 +35,7 @@ def command(composed: DictConfig) -> int:
     started = time.perf_counter()
     quiet_libraries()
     set_seed(config.seed)
-    algorithm = method_of(config)
+    algorithm = algorithm_of(config)
     if not isinstance(algorithm, Mopo):
         raise UserError(f"algorithm={algorithm_name(config)}: mopo plan predicts for algorithm=mopo; leave it out")
     inputs = prepare_inputs(config)

@@ -19,7 +19,7 @@ from mopo_cli.maths.significance import bootstrap_ci, distinct, verdict
 
 
 @dataclass(frozen=True, slots=True)
-class Column:
+class Criterion:
     """An objective, or a scorer beside them, with its judge."""
 
     name: str
@@ -31,7 +31,7 @@ class Column:
 class Judged:
     """What a column's judge says of one entrant: arrays of each prompt's M responses."""
 
-    column: Column
+    column: Criterion
     win_rates: list[np.ndarray]  # (M,) against the data's responses; NaN where the data have none
     reference_win_rates: list[np.ndarray]  # (M,) against the reference's; no array at all without a reference
     scores: list[np.ndarray] | None  # (M,); None of a judge that only compares
@@ -43,18 +43,18 @@ def columns_of(
     features: PreferenceFeatures | None,
     gold: Mapping[str, ScoreJudge] | None = None,
     beside: Mapping[str, ScoreJudge] | None = None,
-) -> list[Column]:
+) -> list[Criterion]:
     """The objectives, each with its gold scorer where there is one for it, then the scorers that judge none."""
     gold = gold or {}
     judges = [gold[o.name] if o.name in gold else own_judge(o, data.world, features) for o in data.objectives]
-    columns = [Column(o.name, judge, o) for o, judge in zip(data.objectives, judges, strict=True)]
-    return columns + [Column(name, judge) for name, judge in (beside or {}).items()]
+    columns = [Criterion(o.name, judge, o) for o, judge in zip(data.objectives, judges, strict=True)]
+    return columns + [Criterion(name, judge) for name, judge in (beside or {}).items()]
 
 
 def evaluate(
     settings: Settings,
     examples: Sequence[Example],
-    columns: Sequence[Column],
+    columns: Sequence[Criterion],
     responded: Sequence[Responded],
     features: PreferenceFeatures | None,
     scales: Mapping[str, Scale] | None = None,
@@ -82,7 +82,7 @@ def evaluate(
 
 
 def _judged(
-    column: Column, ours: list[Any], data: list[Any], reference: list[Any] | None, scale: Scale | None
+    column: Criterion, ours: list[Any], data: list[Any], reference: list[Any] | None, scale: Scale | None
 ) -> Judged:
     judge = column.judge
     scores = [judge.scores(measure) for measure in ours]

@@ -63,7 +63,7 @@ Prompts = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class FrontMeasure:
     """One number of a set of runs, with its 95 % interval where the runs' samples give one."""
 
     value: float
@@ -122,7 +122,7 @@ def resample(runs: Sequence[tuple[Prompts, np.ndarray]], draws: int, seed: int) 
     return means
 
 
-def measured(number: Callable[[np.ndarray], float], points: np.ndarray, redrawn: np.ndarray | None) -> Measured:
+def measured(number: Callable[[np.ndarray], float], points: np.ndarray, redrawn: np.ndarray | None) -> FrontMeasure:
     """A number of (n, K) points with its basic bootstrap interval from (draws, n, K) redrawn ones.
 
     Basic (reflected), not percentile: the best of noisy points looks better than it is, by as much again in every
@@ -130,6 +130,6 @@ def measured(number: Callable[[np.ndarray], float], points: np.ndarray, redrawn:
     """
     value = number(points)
     if redrawn is None:
-        return Measured(value)
+        return FrontMeasure(value)
     low, high = np.quantile([number(drawn) for drawn in redrawn], [0.025, 0.975])
-    return Measured(value, (float(2 * value - high), float(2 * value - low)))
+    return FrontMeasure(value, (float(2 * value - high), float(2 * value - low)))

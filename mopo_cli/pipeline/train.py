@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from omegaconf import DictConfig
 
-from mopo_cli.algorithms.contract import method_of
+from mopo_cli.algorithms.contract import algorithm_of
 from mopo_cli.base.processes import part_ways
 from mopo_cli.config.schema import TrainConfig
 from mopo_cli.evaluation.records import Models
@@ -26,7 +26,7 @@ from mopo_cli.training.reference import fit_or_load_reference
 def check(config: TrainConfig) -> None:
     """Everything that can be told before data and model are loaded: UserError where they do not suit each other."""
     wandb_mode(config.logger)
-    method_of(config)
+    algorithm_of(config)
 
 
 def train(config: TrainConfig, composed: DictConfig, run: RunDirectory, accelerator: Accelerator) -> None:
@@ -34,16 +34,16 @@ def train(config: TrainConfig, composed: DictConfig, run: RunDirectory, accelera
     started = time.perf_counter()
     quiet_libraries()
     set_seed(config.seed)
-    method = method_of(config)
-    inputs = prepare_inputs(config, method.longest_condition)
+    algorithm = algorithm_of(config)
+    inputs = prepare_inputs(config, algorithm.longest_condition)
     data, policy = inputs.data, inputs.policy
-    if check := getattr(method, "check", None):
+    if check := getattr(algorithm, "check", None):
         check(inputs)
     with recorded(accelerator, config, composed, run, data) as tracker:
         fit_or_load_reference(config, accelerator, inputs, run.reference)
         initial = policy.snapshot()
         judge, accuracy = fit_or_load_judge(config, accelerator, inputs, run.preference_model)
-        aligned = method.align(Setting(config, accelerator, inputs, judge, initial, run, tracker))
+        aligned = algorithm.align(Setting(config, accelerator, inputs, judge, initial, run, tracker))
         part_ways()
         if not accelerator.is_main_process:
             return

@@ -122,7 +122,7 @@ class Plan:
 
 # --------------------------------------------------------------------------------------------- the optimum
 @dataclass(frozen=True, slots=True)
-class Optimum:
+class PlannedOptimum:
     """The optimum of (P) on a pool, with standard errors."""
 
     win_rates: np.ndarray  # (K,)
@@ -135,7 +135,7 @@ class Optimum:
     attainable: np.ndarray  # (J,)
 
 
-def optimum(evidence: Evidence, thresholds: Sequence[float] | np.ndarray) -> Optimum:
+def optimum(evidence: Evidence, thresholds: Sequence[float] | np.ndarray) -> PlannedOptimum:
     """Solve (P) on the pool and say how well its win rates are known.
 
     Two errors add up: the pool's prompts are a sample, and the preference model was fitted to noisy labels. The second
@@ -152,7 +152,7 @@ def optimum(evidence: Evidence, thresholds: Sequence[float] | np.ndarray) -> Opt
     of_labels, of_labels_price = np.zeros(len(price)), 0.0
     if evidence.labelled is not None:
         of_labels, of_labels_price = label_errors(evidence.labelled, tau, best.duals)
-    return Optimum(
+    return PlannedOptimum(
         win_rates=best.win_rates,
         errors=np.hypot(of_prompts, of_labels),
         label_errors=of_labels,
@@ -304,7 +304,7 @@ def make_plan(
 def plan_objectives(
     config: PlanConfig,
     evidence: Evidence,
-    best: Optimum,
+    best: PlannedOptimum,
     thresholds: np.ndarray,
     epsilon: float,
     scheduled: Sequence[bool],
@@ -340,7 +340,7 @@ def plan_objectives(
     return plans
 
 
-def _verdict(best: Optimum, thresholds: np.ndarray, j: int) -> str:
+def _verdict(best: PlannedOptimum, thresholds: np.ndarray, j: int) -> str:
     if thresholds[j] >= best.attainable[j]:
         return "infeasible"
     if not best.feasible:
@@ -348,7 +348,7 @@ def _verdict(best: Optimum, thresholds: np.ndarray, j: int) -> str:
     return "binds" if best.duals[j] > 1e-4 else "never binds"
 
 
-def _sample_variance(evidence: Evidence, best: Optimum, responses: int) -> np.ndarray:
+def _sample_variance(evidence: Evidence, best: PlannedOptimum, responses: int) -> np.ndarray:
     """(K,) variance of a prompt's mean win rate over the policy's samples, as an on-policy estimate takes them."""
     pool = evidence.pool
     policy = np.exp(oracle.tilt(pool.win_rates, pool.log_reference, evidence.tau, best.duals))

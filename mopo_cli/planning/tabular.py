@@ -141,7 +141,7 @@ class Sheet:
 
 
 @dataclass(frozen=True, slots=True)
-class Evidence:
+class TabularEvidence:
     """What a run may know of its structure: rows to train on, rows held out, and a judge of any action."""
 
     train: Sheet
@@ -150,14 +150,14 @@ class Evidence:
     exact: bool
 
 
-def exact_evidence(structure: Structure) -> Evidence:
+def exact_evidence(structure: Structure) -> TabularEvidence:
     """One row that lists mu, with exact preferences."""
     actions = torch.as_tensor(np.repeat(np.arange(len(structure.mu)), _shares(structure.mu, LISTED)))
     sheet = _sheet(actions[None], torch.as_tensor(structure.preferences))
-    return Evidence(sheet, sheet, torch.as_tensor(structure.win_rates), exact=True)
+    return TabularEvidence(sheet, sheet, torch.as_tensor(structure.win_rates), exact=True)
 
 
-def sampled_evidence(structure: Structure, pairs: int, seed: int) -> Evidence:
+def sampled_evidence(structure: Structure, pairs: int, seed: int) -> TabularEvidence:
     """Pairs drawn from mu with one 0/1 label an objective; a fifth is held out.
 
     The judge is the table of observed win frequencies, with half a win added on either side.
@@ -169,7 +169,7 @@ def sampled_evidence(structure: Structure, pairs: int, seed: int) -> Evidence:
     judge = _frequencies(actions[:cut], labels[:cut], len(structure.mu))
     share = np.bincount(actions[:cut].ravel(), minlength=len(structure.mu)) / (2 * cut)
     observed = torch.as_tensor(np.stack([labels[cut:], 1 - labels[cut:]], axis=1).astype(np.float64))
-    return Evidence(
+    return TabularEvidence(
         _sheet(torch.as_tensor(actions[:cut]), torch.as_tensor(judge)),
         Sheet(torch.as_tensor(actions[cut:]), observed),
         torch.as_tensor((judge @ share).T),
@@ -209,7 +209,7 @@ class TabularAlignment(PrimalDual):
     starts_offline = True
 
     def __init__(
-        self, config: SyntheticConfig, evidence: Evidence, mu: np.ndarray, points: list[Lagrangian], seed: int
+        self, config: SyntheticConfig, evidence: TabularEvidence, mu: np.ndarray, points: list[Lagrangian], seed: int
     ):
         self.config, self.evidence, self.points, self.every = config, evidence, points, config.every
         self.behaviour = torch.as_tensor(np.log(mu))

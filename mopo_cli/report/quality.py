@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mopo_cli.maths import pareto
-from mopo_cli.maths.pareto import Measured
+from mopo_cli.maths.pareto import FrontMeasure
 from mopo_cli.report.groups import Group, exact_front
 from mopo_cli.runs.record import sampled_rates
 
@@ -17,9 +17,9 @@ class Quality:
     """Numbers of the runs of one objective set that have ended."""
 
     front: dict[str, bool]  # by run: whether no other is at least as good in all objectives and better in one
-    hypervolume: Measured  # of the sampled win rates
+    hypervolume: FrontMeasure  # of the sampled win rates
     exact_hypervolume: float | None
-    igd_plus: Measured | None  # of the sampled win rates, against the exact front
+    igd_plus: FrontMeasure | None  # of the sampled win rates, against the exact front
     exact_igd_plus: float | None
     distance: dict[str, float]  # by run: its own IGD+
     against: str  # the front that distances are taken to

@@ -21,7 +21,7 @@ from mopo_cli.base.text import one_line
 from mopo_cli.runs.directory import RunDirectory, locked
 from mopo_cli.runs.record import RunFiles, RunRecord
 from mopo_cli.sweeps.results import best, stays
-from mopo_cli.sweeps.worker import Progress, progress_of
+from mopo_cli.sweeps.worker import JobProgress, progress_of
 
 COLOURS = {"running": "cyan", "done": "green", "infeasible": "yellow", "failed": "red", "interrupted": "yellow"}
 ORDER = ("running", "failed", "interrupted", "done", "infeasible", "waiting")
@@ -34,7 +34,7 @@ class Line:
 
     record: RunRecord
     started: float | None = None
-    progress: Progress | None = None
+    progress: JobProgress | None = None
     number: int = 0  # in the order in which they started
 
 

@@ -43,7 +43,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class JobProgress:
     """How far a run is: the stage, its steps, and the seconds since the stage and this attempt began."""
 
     stage: str
@@ -58,10 +58,10 @@ def log_of(run: RunDirectory) -> Path:
     return run.path / "log.txt"
 
 
-def progress_of(run: RunDirectory) -> Progress | None:
+def progress_of(run: RunDirectory) -> JobProgress | None:
     """What progress.json says; None where there is none (yet), or it is no progress."""
     try:
-        return Progress(**read_json(run.path / "progress.json"))
+        return JobProgress(**read_json(run.path / "progress.json"))
     except (UserError, TypeError):
         return None
 
@@ -91,7 +91,7 @@ class Reporter:
     def write(self) -> None:
         """Readers see a whole file or none; it need not survive a power cut, so nothing waits for the disk."""
         self.written = now = time.monotonic()
-        record = Progress(
+        record = JobProgress(
             self.stage,
             self.done,
             self.total,

@@ -25,7 +25,7 @@ from mopo_cli.algorithms.conditioned.lessons import (
     standardised,
 )
 from mopo_cli.algorithms.conditioned.ric import Ric, online_targets, outer_scores, outstanding
-from mopo_cli.algorithms.contract import build_method, method_of
+from mopo_cli.algorithms.contract import algorithm_of, build_algorithm
 from mopo_cli.base.console import stage
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.processes import build_accelerator
@@ -245,9 +245,9 @@ class TestSettings:
     def test_values_are_needed_of_objectives_that_nobody_computes(self, name: str):
         general = ("preference_model.form=general", f"algorithm={name}")
         with pytest.raises(UserError, match=r"set preference_model\.form=bradley_terry"):
-            build_method(composed(*general), PAIR, (None,))
+            build_algorithm(composed(*general), PAIR, (None,))
         computed = ("objectives={concise: {role: primary, computed: {_target_: mopo_cli.data.computed.concise}}}",)
-        build_method(composed(*general, "~objectives", f"+{computed[0]}"), ("concise",), ())
+        build_algorithm(composed(*general, "~objectives", f"+{computed[0]}"), ("concise",), ())
 
 
 # --------------------------------------------------------------------------------------------- learning
@@ -265,7 +265,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     """An untrained policy on little data, without a judge."""
     config = composed("dataset.max_rows=100", "algorithm=ric", "cache=null")
     accelerator = build_accelerator()
-    inputs = prepare_inputs(config, method_of(config).longest_condition)
+    inputs = prepare_inputs(config, algorithm_of(config).longest_condition)
     run = RunDirectory(tmp_path_factory.mktemp("small"))
     tracker = Tracker(run, config.logger, {}, "small", active=False)
     return Setting(config, accelerator, inputs, None, inputs.policy.snapshot(), run, tracker)  # type: ignore[arg-type]

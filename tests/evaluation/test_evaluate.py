@@ -83,7 +83,9 @@ class TestEntrants:
         (path / "model").mkdir(parents=True)
         (path / "summary.json").write_text('{"objectives": {}}')
         names = objectives.strip("[]").split(", ")
-        (path / "config.yaml").write_text("objectives:\n" + "".join(f"  {name}: {{}}\n" for name in names))
+        roles = ["primary", *["secondary"] * (len(names) - 1)]
+        lines = (f"  {name}: {{role: {role}}}\n" for name, role in zip(names, roles, strict=True))
+        (path / "config.yaml").write_text("objectives:\n" + "".join(lines))
         return path
 
     def found(self, **settings: Any) -> tuple[list[str], list[tuple[str, str]]]:
