@@ -43,8 +43,8 @@ class Algorithm(Protocol):
     """What an algorithm's config names by _target_.
 
     It is built with its own keys of the config and with those of names, thresholds, tau, beta, epsilon, t0,
-    unscored and preference_form that its constructor takes (build_algorithm); it raises UserError where a
-    setting is wrong. It may have check(inputs), which raises UserError where data or model do not suit it, before anything is
+    unscored and preference_form that its constructor takes (build_algorithm); it raises UserError where a setting is
+    wrong. It may have check(inputs), which raises UserError where data or model do not suit it, before anything is
     fitted.
     """
 
