@@ -184,7 +184,7 @@ class TestMistakes:
         assert told == "scorers.x.path=./nowhere: no such directory"
 
     def test_a_hub_id_without_a_network(self, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr(hub, "_hub_answers", lambda: False)
+        monkeypatch.setattr(hub, "hub_answers", lambda: False)
         told = message(load_scorer, "humor", ScorerConfig(path="nobody/no-such-humor-model"))
         assert told.startswith("scorers.humor.path=nobody/no-such-humor-model: cannot load the classifier from the hub")
         assert told.endswith("then scorers.humor.path=DIR")
