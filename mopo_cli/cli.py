@@ -11,6 +11,7 @@ from mopo_cli import __version__
 from mopo_cli.base import invocation
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.processes import is_main
+from mopo_cli.base.text import one_line
 
 
 class Command(NamedTuple):
@@ -246,7 +247,7 @@ def report(error: BaseException, status: int, debug: bool) -> None:
         return
     text = {130: "interrupted", 2: str(error)}.get(status)
     if text is None:
-        what = " ".join(str(error).split())[:1000]
+        what = one_line(error)[:1000]
         text = f"failed: {type(error).__name__}: {what} (debug=true shows the traceback)"
     print(f"mopo: {text}", file=sys.stderr)
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mopo_cli.base.console import count_rows
 from mopo_cli.base.errors import UserError
+from mopo_cli.base.text import first_line
 from mopo_cli.data.subsample import Reservoir
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def _parquet_rows(path: Path, sample: Reservoir[Any] | None = None) -> Rows:
                 number += len(batch)
                 count_rows(len(batch))
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable Parquet file, after row {number} ({_first_line(error)})") from error
+        raise UserError(f"{path}: not a readable Parquet file, after row {number} ({first_line(error)})") from error
 
 
 def _dicts(batch: RecordBatch) -> list[dict[str, Any]]:
@@ -226,7 +227,7 @@ def _streamed_rows(rows: Iterable[Any], label: str) -> Rows:
         for number, row in enumerate(rows, start=1):
             yield f"{label}:{number}", dict(row)
     except (EOFError, zlib.error, OSError, ValueError, TypeError) as error:  # pyarrow's errors are ValueErrors
-        raise UserError(f"{label}: cannot be read after row {number} ({_first_line(error)})") from error
+        raise UserError(f"{label}: cannot be read after row {number} ({first_line(error)})") from error
 
 
 def _open_builder(path: str, name: str | None, data_dir: str | None, revision: str | None) -> DatasetBuilder:
@@ -240,7 +241,7 @@ def _open_builder(path: str, name: str | None, data_dir: str | None, revision: s
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         inside = f"{path}/{data_dir}" if data_dir else path
         raise UserError(
-            f"{inside}: not a data set in the hub's layout ({_first_line(error)}); expected for instance train.jsonl "
+            f"{inside}: not a data set in the hub's layout ({first_line(error)}); expected for instance train.jsonl "
             "and test.jsonl, or data/train-*.parquet"
         ) from error
 
@@ -262,10 +263,6 @@ def _snapshot(path: str, data_dir: str | None, revision: str | None) -> Path:
         flags = f"--repo-type dataset{f' --revision {revision}' if revision else ''}"
         raise UserError(
             f"{path}: is no file or directory here, and cannot be loaded from the Hugging Face hub "
-            f"({_first_line(error)}). To work offline, run `hf download {path} {flags} --local-dir DIR` on a machine "
+            f"({first_line(error)}). To work offline, run `hf download {path} {flags} --local-dir DIR` on a machine "
             "with a network and pass dataset.path=DIR, or set HF_HUB_OFFLINE=1 with a cache that holds it"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

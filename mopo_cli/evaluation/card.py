@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from mopo_cli.base.text import one_line
 from mopo_cli.data.directions import Directions, Levels, weighed
 
 VERDICTS = {"yes": "yes", "no": "no", "undecided": "undecided (the interval holds the threshold)"}
@@ -50,7 +51,7 @@ def model_card(
     if summary.get("warnings"):
         lines += ["## Warnings of the run", "", *(f"- {_text(text)}" for text in summary["warnings"]), ""]
     lines += ["## Data and labels", "", *(f"- {_text(k)}: {_text(v)}" for k, v in provenance.items()), ""]
-    lines += ["## Reproduce", "", f"    {_line(summary.get('command', ''))}", ""]
+    lines += ["## Reproduce", "", f"    {one_line(summary.get('command', ''))}", ""]
     return "\n".join(lines)
 
 
@@ -166,14 +167,10 @@ def _usage(adapter: bool, prompt: str) -> list[str]:
     ]
 
 
-def _line(value: object) -> str:
-    return " ".join(str(value).split())
-
-
 def _text(value: object) -> str:
     """A value as text of one line: no mark-up, no cell border."""
-    return _line(value).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+    return one_line(str(value)).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
 
 
 def _code(value: object) -> str:
-    return _line(value).replace("`", "'")
+    return one_line(str(value)).replace("`", "'")

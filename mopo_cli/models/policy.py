@@ -27,7 +27,7 @@ from mopo_cli.data.table import TokenRow, TokenTable
 from mopo_cli.models import sampling
 from mopo_cli.models.attention import attend_by_rows
 from mopo_cli.models.load import load_policy
-from mopo_cli.models.logprobs import all_logps, can_pack
+from mopo_cli.models.logprobs import all_logps, collator_of
 from mopo_cli.models.parts import ADAPTER, inner, lora_of
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -51,9 +51,8 @@ class Policy:
     ) -> Policy:
         """The model that a config names, its random parts drawn from `seed`; UserError where it cannot be had."""
         model = load_policy(config, tokenizer, seed)
-        packed = can_pack(model, config.max_length)
         encoder = Encoder(tokenizer, config.max_length, config.chat_template)
-        return cls(model, encoder, Collator(int(tokenizer.pad_token_id), packed, budget=token_budget))  # type: ignore[arg-type]
+        return cls(model, encoder, replace(collator_of(model, encoder), budget=token_budget))
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -13,6 +13,7 @@ import numpy as np
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.files import read_json, read_lines
 from mopo_cli.base.text import flat, shown
+from mopo_cli.base.types import primary_first
 from mopo_cli.config.compose import option_name
 from mopo_cli.runs.directory import ENDED, RunDirectory, locked
 
@@ -135,8 +136,7 @@ class RunRecord:
     def objectives(self) -> dict[str, Result]:
         """By name, the primary first: from the summary where there is one, else what the config asks for."""
         results = _results(self.summary, self.files.config)
-        first = sorted(results, key=lambda name: results[name].role != "primary")
-        return {name: results[name] for name in self.order or first}
+        return {name: results[name] for name in self.order or primary_first(results)}
 
     @property
     def names(self) -> tuple[str, ...]:
