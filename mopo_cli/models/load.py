@@ -24,6 +24,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mopo_cli.base.errors import UserError
+from mopo_cli.base.text import two_lines
 from mopo_cli.config.schema import LoraConfig, ModelConfig
 from mopo_cli.models.hub import (
     OLDER_KEYS,
@@ -33,7 +34,6 @@ from mopo_cli.models.hub import (
     hub_arguments,
     read_config,
     source,
-    two_lines,
     with_key,
 )
 from mopo_cli.models.parts import backbone_of, compute_in, unwrap

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from mopo_cli.data.batches import Collator, TokenBatch, row_lengths, under_budget
 from mopo_cli.data.encoder import Encoder
 from mopo_cli.data.table import TokenRow, row_length
-from mopo_cli.models.parts import attention_window, backbone_of, computing, unwrap
+from mopo_cli.models.parts import attention_window, backbone_of, computing, in_own_dtype, unwrap
 
 _CHUNK = (2**25, 2**26)  # logits held at once, on a CPU and on a GPU
 ROW = 112  # response tokens that a prompt is written once for, at least, in a pass without gradient
@@ -163,8 +163,9 @@ def splits(causal: nn.Module) -> bool:
     training = causal.training
     causal.eval()
     try:
-        whole = causal(**_inputs(causal, batch)).logits.flatten(0, 1)[batch.source].float()
-        split = head(hidden_states(backbone, batch, batch.source)).float()
+        with in_own_dtype(causal):
+            whole = causal(**_inputs(causal, batch)).logits.flatten(0, 1)[batch.source].float()
+            split = head(hidden_states(backbone, batch, batch.source)).float()
         return whole.shape == split.shape and bool((whole - split).abs().max() <= tolerance * whole.abs().max())
     except (AttributeError, RuntimeError, TypeError):
         return False
@@ -199,7 +200,8 @@ def agree(model: nn.Module, first: Collator, second: Collator) -> bool:
     training = model.training
     model.eval()
     try:
-        ours, theirs = (sequence_logps(model, collate(rows).to(parameter.device)) for collate in (first, second))
+        with in_own_dtype(model):
+            ours, theirs = (sequence_logps(model, collate(rows).to(parameter.device)) for collate in (first, second))
         relative, absolute = (1e-4, 2e-3) if parameter.dtype == torch.float32 else (5e-3, 5e-2)
         return bool(torch.allclose(ours, theirs, rtol=relative, atol=absolute))
     except (RuntimeError, TypeError, ValueError, IndexError):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,20 @@ def computing(module: nn.Module) -> AbstractContextManager[object]:
     dtype = getattr(module, "compute_dtype", None)
     device = next(module.parameters()).device.type
     return nullcontext() if dtype is None else torch.autocast(device, dtype)
+
+
+@contextmanager
+def in_own_dtype(causal: nn.Module) -> Iterator[None]:
+    """Without mixed precision: for comparisons of two ways to the same number, finer than bfloat16's products."""
+    mixed = [module for module in causal.modules() if getattr(module, "compute_dtype", None) is not None]
+    kept = [module.compute_dtype for module in mixed]
+    for module in mixed:
+        module.compute_dtype = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, dtype in zip(mixed, kept, strict=True):
+            module.compute_dtype = dtype  # type: ignore[assignment]
 
 
 def attention_window(causal: nn.Module) -> int | None:

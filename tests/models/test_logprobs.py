@@ -34,7 +34,7 @@ from mopo_cli.models.logprobs import (
     sequence_logps,
     splits,
 )
-from mopo_cli.models.parts import backbone_of, unwrap
+from mopo_cli.models.parts import backbone_of, compute_in, unwrap
 from mopo_cli.models.sampling import sample
 
 torch.set_num_threads(1)  # threads only get in each other's way on tiny models
@@ -261,6 +261,22 @@ def test_models_that_cannot_pack_are_found_and_right_without(name):
     model, rows = build(UNPACKABLE[name]), some_rows()
     assert not can_pack(model, longest=32)
     assert_rows(response_logps(model, PLAIN(rows)), by_hand(model, rows))
+
+
+@torch.no_grad()
+def test_layouts_are_compared_in_float32_under_mixed_precision(monkeypatch):
+    """Of a model of 30 layers bfloat16's products differ by more from one layout to another than a wrong mask may."""
+    model, asked = build(ARCHITECTURES["llama"]), []
+    compute_in(model, torch.bfloat16)
+
+    def recorded(model, batch):
+        asked.append(model.compute_dtype)
+        return sequence_logps(model, batch)
+
+    monkeypatch.setattr(logprobs, "sequence_logps", recorded)
+    assert can_pack(model, longest=32)
+    assert asked == [None, None]
+    assert model.compute_dtype == backbone_of(model).compute_dtype == torch.bfloat16
 
 
 @torch.no_grad()

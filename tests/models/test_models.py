@@ -39,6 +39,7 @@ PARAMETERS = {
     "opt1.3b": 1_315_758_080,
     "llama3.1-8b": 8_030_261_248,
     "qwen3-0.6b": 596_049_920,  # the output head is tied to the embeddings
+    "smollm2-135m": 134_515_008,
 }
 SHAPE = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SHAPE |= {"max_position_embeddings": 64}
