@@ -11,6 +11,7 @@ from mopo_cli import __version__
 from mopo_cli.base import invocation
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.processes import is_main
+from mopo_cli.base.secrets import masked
 from mopo_cli.base.text import one_line
 
 
@@ -171,7 +172,7 @@ def run(name: str, arguments: Arguments) -> int:
         return module.command(arguments.overrides, arguments.config_dir, arguments.cfg)
     if arguments.multirun:
         raise UserError(f"-m: `mopo {name}` runs once; use `mopo sweep`")
-    from mopo_cli.config import compose, schema
+    from mopo_cli.config import compose, schema, trust
 
     literal = {_key(o): o.partition("=")[2] for o in arguments.overrides if _key(o) in command.literal and "=" in o}
     overrides = [quoted(o, command) for o in arguments.overrides if _key(o) not in literal]
@@ -181,6 +182,7 @@ def run(name: str, arguments: Arguments) -> int:
         print(compose.to_yaml(composed), end="")
         return 0
     compose.typed(composed, getattr(schema, command.config))  # a mistake is said before seconds are spent on imports
+    trust.find_own_modules(compose.plain(composed))
     return importlib.import_module(command.module).command(composed, **literal)
 
 
@@ -210,8 +212,6 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point. Exit status: 0 done, 1 the run failed, 2 bad config or input, 130 interrupted and resumable."""
     argv = sys.argv[1:] if argv is None else argv
     invocation.begin(argv)
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # a user's own scorer lies there
     try:
         status = dispatch(argv)
         sys.stdout.flush()
@@ -243,13 +243,13 @@ def report(error: BaseException, status: int, debug: bool) -> None:
     if debug:
         import traceback
 
-        traceback.print_exception(error)
+        print(masked("".join(traceback.format_exception(error))), end="", file=sys.stderr)
         return
     text = {130: "interrupted", 2: str(error)}.get(status)
     if text is None:
         what = one_line(error)[:1000]
         text = f"failed: {type(error).__name__}: {what} (debug=true shows the traceback)"
-    print(f"mopo: {text}", file=sys.stderr)
+    print(f"mopo: {masked(text)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ from mopo_cli.base.text import finite
 def write_atomic(path: Path, text: str) -> None:
     """Write beside the file, flush to disk, rename: a reader sees the old text or the new one, never a torn one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
+        with open(temporary, "x", encoding="utf-8") as file:  # not through a link that waits under this name
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -5,8 +5,9 @@ Set once by whoever starts the work (the command line, or the worker of a sweep 
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
+
+from mopo_cli.base.secrets import masked_command
 
 _arguments: tuple[str, ...] = ()
 
@@ -23,5 +24,5 @@ def arguments() -> tuple[str, ...]:
 
 
 def line() -> str:
-    """The command as a shell takes it."""
-    return shlex.join(["mopo", *_arguments])
+    """The command as a shell takes it, without the secrets in it."""
+    return masked_command(["mopo", *_arguments])

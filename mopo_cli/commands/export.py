@@ -12,16 +12,20 @@ from omegaconf import DictConfig
 from mopo_cli.base.console import say, stage, warn
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.files import read_json, write_json
+from mopo_cli.base.secrets import masked
 from mopo_cli.config import compose
 from mopo_cli.config.schema import ExportConfig
 from mopo_cli.data.directions import directions_of
 from mopo_cli.evaluation.card import model_card
 from mopo_cli.evaluation.entrants import SHARED_SUMMARY, Entrant, finished_run
 from mopo_cli.evaluation.prompts import framed_text
+from mopo_cli.models.hub import check_weights
+from mopo_cli.models.tokenizers import saved_tokenizer
 from mopo_cli.runs.find import newest_run
 from mopo_cli.runs.session import quiet_libraries
 
 PRIVATE = ("training_args.bin", "README.md")  # written anew, or of no use to others
+KINDS = (".safetensors", ".json", ".txt", ".model", ".jinja", ".md", ".tiktoken")  # of a model's and tokenizer's files
 
 
 def command(composed: DictConfig) -> int:
@@ -29,7 +33,7 @@ def command(composed: DictConfig) -> int:
     settings: ExportConfig = compose.typed(composed, ExportConfig)
     if not settings.to:
         raise UserError("to: not set; give the folder to write, as to=DIR")
-    entrant = finished_run(settings.run or str(newest_run()))
+    entrant = finished_run(settings.run or str(newest_run()), allow_code=settings.allow_code)
     target = Path(settings.to).expanduser()
     check_target(target, entrant.run.path, settings.overwrite)
     quiet_libraries()
@@ -87,7 +91,7 @@ def write_folder(entrant: Entrant, folder: Path, adapter: bool, merge: bool) -> 
     if merge and (run.model / "adapter_config.json").is_file():
         write_merged(entrant, folder)
     else:
-        shutil.copytree(run.model, folder, ignore=shutil.ignore_patterns(*PRIVATE))
+        copy_model(run.model, folder)
     later = run.path / "evaluation.json"
     evaluation: dict[str, Any] | None = read_json(later) if later.exists() else None
     prompt = framed_text(run, "How do I boil an egg?", entrant.condition)
@@ -96,7 +100,26 @@ def write_folder(entrant: Entrant, folder: Path, adapter: bool, merge: bool) -> 
         directions.save(folder)
     card = model_card(run.settings(), entrant.summary, provenance_of(entrant), adapter, prompt, evaluation, directions)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    write_json(folder / SHARED_SUMMARY, entrant.summary)
+    write_json(folder / SHARED_SUMMARY, masked(entrant.summary))
+
+
+def copy_model(model: Path, folder: Path) -> None:
+    """The files of a model's known kinds; no links, and nothing that may run where it is loaded (pickles, Python)."""
+    check_weights(model, str(model))
+    left_out = []
+    for path in sorted(model.rglob("*")):
+        place = folder / path.relative_to(model)
+        if path.is_symlink() or (path.is_file() and not _is_known(path)):
+            left_out += [path.name] if path.name not in PRIVATE else []
+        elif path.is_file() and path.name not in PRIVATE:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, place)
+    if left_out:
+        warn(f"left out, as a model needs no such files: {', '.join(left_out[:10])}{', …' * (len(left_out) > 10)}")
+
+
+def _is_known(path: Path) -> bool:
+    return path.suffix in KINDS or path.name in ("LICENSE", "NOTICE")
 
 
 def provenance_of(entrant: Entrant) -> dict[str, Any]:
@@ -109,13 +132,11 @@ def write_merged(entrant: Entrant, folder: Path) -> None:
     """The base model with the adapter's weights added, in the precision that the run was trained in."""
     from dataclasses import replace
 
-    from transformers import AutoTokenizer
-
     from mopo_cli.models.policy import Policy
 
     assert entrant.trained is not None
     model = entrant.trained.model
-    tokenizer = AutoTokenizer.from_pretrained(entrant.run.model)
+    tokenizer = saved_tokenizer(entrant.run.model, model.trust_remote_code)
     whole = replace(model, lora=replace(model.lora, quantise=None))  # a base in 4 bits could not be written back
     policy = Policy.load(whole, tokenizer, entrant.trained.seed)
     policy.load_weights(entrant.run.model)

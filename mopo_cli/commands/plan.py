@@ -13,7 +13,7 @@ from mopo_cli.algorithms.contract import algorithm_of
 from mopo_cli.algorithms.mopo import Mopo
 from mopo_cli.base.console import say, show, table
 from mopo_cli.base.errors import UserError
-from mopo_cli.base.files import write_json
+from mopo_cli.base.files import write_atomic, write_json
 from mopo_cli.base.processes import build_accelerator
 from mopo_cli.config import compose
 from mopo_cli.config.compose import algorithm_name
@@ -45,7 +45,7 @@ def command(composed: DictConfig) -> int:
     from mopo_cli.planning.figures import draw_plan
 
     run.path.mkdir(parents=True, exist_ok=True)
-    run.config.write_text(compose.to_yaml(composed), encoding="utf-8")
+    write_atomic(run.config, compose.to_yaml(composed))
     figure = draw_plan(plan, run.figures / "plan.png")
     write_json(run.path / "plan.json", asdict(plan))
     show_plan(plan)

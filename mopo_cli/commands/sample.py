@@ -101,7 +101,7 @@ def entrant_of(settings: SampleConfig) -> Entrant:
     path = Path(settings.run).expanduser() if settings.run else newest_run()
     if any((path / name).is_file() for name in MODEL_FILES):
         return Entrant(path.name, str(path), "model")
-    return finished_run(str(path))
+    return finished_run(str(path), allow_code=settings.allow_code)
 
 
 def condition_of(entrant: Entrant, direction: str | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from mopo_cli.base.errors import UserError
-from mopo_cli.config import compose, schema
+from mopo_cli.base.secrets import masked_command
+from mopo_cli.config import compose, schema, trust
 from mopo_cli.runs.directory import RunDirectory, open_run
 from mopo_cli.sweeps.board import show_plan
 from mopo_cli.sweeps.engine import Sweep, check, record_of
@@ -42,6 +42,7 @@ def command(overrides: Sequence[str], user_config_dir: str | None, show_config: 
     preset = [override for override in first if key_of(override) == "experiment"]
     composed = compose.compose("sweep", [*of_sweep, *preset], user_config_dir)  # the points are composed each by itself
     settings: schema.SweepConfig = compose.typed(composed.sweep, schema.SweepConfig, "sweep.")
+    trust.find_own_modules(compose.plain(composed))
     if not show_config and not settings.dry_run:
         start_server()  # it imports what runs need while their configs are composed
     launcher, sweeper = _built(composed.launcher, "launcher"), _built(composed.sweeper, "sweeper")
@@ -71,7 +72,7 @@ def command(overrides: Sequence[str], user_config_dir: str | None, show_config: 
         by_point = dict(zip((trial.point.id for trial in composed_trials), trials, strict=True))
         sweep = Sweep(directory, settings.retry, points, by_point, user_config_dir)
         again.append(f"sweep.dir={compose.in_grammar(str(directory))}")
-        return sweep.run(launcher, earlier, list(seconds.values()), shlex.join(again))
+        return sweep.run(launcher, earlier, list(seconds.values()), masked_command(again))
     finally:
         lock.close()
 

@@ -23,6 +23,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mopo_cli.base.errors import UserError
+from mopo_cli.base.secrets import masked
 from mopo_cli.config.checks import checked
 from mopo_cli.config.schema import TrainConfig
 
@@ -201,11 +202,16 @@ def option_name(group: Mapping[str, Any]) -> str:
     return str(group.get("name") or str(group.get("_target_") or "").rpartition(".")[2].lower())
 
 
+def plain(config: DictConfig) -> Any:
+    """A composed config as dictionaries, lists and values."""
+    return OmegaConf.to_container(config, resolve=True)
+
+
 def to_yaml(config: Any) -> str:
-    """YAML of a composed or typed config."""
+    """YAML of a composed or typed config, without the secrets in it."""
     if not isinstance(config, DictConfig | ListConfig):
         config = OmegaConf.structured(config)
-    return OmegaConf.to_yaml(config)
+    return OmegaConf.to_yaml(OmegaConf.create(masked(OmegaConf.to_container(config))))
 
 
 MOVED = {  # modules that runs of version 0.1 name, and where what they hold stands now

@@ -281,6 +281,7 @@ class EvalConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     seed: int = 0
+    allow_code: bool = False  # what a run's config names besides mopo's own code is run
     debug: bool = False
 
 
@@ -292,6 +293,7 @@ class ExportConfig:
     to: str | None = None
     merge: bool = False
     overwrite: bool = False
+    allow_code: bool = False  # what a run's config names besides mopo's own code is run
     debug: bool = False
 
 
@@ -309,6 +311,7 @@ class SampleConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     seed: int = 0
+    allow_code: bool = False  # what a run's config names besides mopo's own code is run
     debug: bool = False
 
 

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from mopo_cli.base.errors import UserError
+from mopo_cli.base.secrets import holds_masked
 from mopo_cli.base.types import Corpus, Example, Message, Objective, PreferenceData, Scorer, Text, primary_first
 from mopo_cli.config.compose import build
 from mopo_cli.config.schema import ObjectiveConfig, check_primary
@@ -81,6 +82,12 @@ def _fractions(dataset: dict[str, Any]) -> tuple[float, float]:
     """The held-out and test fractions, with the other keys that `load` reads checked as well."""
     if "_target_" not in dataset:
         raise UserError("dataset: has no _target_, the function that loads it")
+    for key, value in dataset.items():
+        if holds_masked(value):
+            raise UserError(
+                f"dataset.{key}={value}: its secret was masked when it was written; give the value itself on this "
+                "command line (dataset=NAME dataset.KEY=...)"
+            )
     rows = dataset.get("max_rows")
     if rows is not None and not (type(rows) is int and rows >= 1):
         raise UserError(f"dataset.max_rows={rows}: must be a whole number, 1 or more, or null")

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from mopo_cli.base.secrets import masked
 from mopo_cli.base.text import one_line
 from mopo_cli.data.directions import Directions, Levels, weighed
 
@@ -52,7 +53,7 @@ def model_card(
         lines += ["## Warnings of the run", "", *(f"- {_text(text)}" for text in summary["warnings"]), ""]
     lines += ["## Data and labels", "", *(f"- {_text(k)}: {_text(v)}" for k, v in provenance.items()), ""]
     lines += ["## Reproduce", "", f"    {one_line(summary.get('command', ''))}", ""]
-    return "\n".join(lines)
+    return masked("\n".join(lines))
 
 
 def _metadata(model: Mapping[str, Any], adapter: bool) -> dict[str, Any]:

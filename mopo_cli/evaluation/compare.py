@@ -72,7 +72,9 @@ class Compared:
 # --------------------------------------------------------------------------------------------- what is asked
 def prepare(settings: EvalConfig, entrants: Sequence[Entrant]) -> Benchmark:
     """Objectives, the prompts that are asked, and each run's and model's encoder; UserError where something lacks."""
-    home = finished_run(settings.judge, "judge") if settings.judge else next((e for e in entrants if e.trained), None)
+    home = next((e for e in entrants if e.trained), None)
+    if settings.judge:
+        home = finished_run(settings.judge, "judge", settings.allow_code)
     data = load_data(settings, home, entrants)
     check_judges(settings, data, home)
     encoders, fitting = {}, []

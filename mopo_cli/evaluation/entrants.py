@@ -13,11 +13,11 @@ from omegaconf import OmegaConf
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.files import read_json
 from mopo_cli.base.types import Text
-from mopo_cli.config import compose
+from mopo_cli.config import compose, trust
 from mopo_cli.config.schema import EvalConfig, TrainConfig
 from mopo_cli.data.prepare import as_text
 from mopo_cli.data.readers import read_rows
-from mopo_cli.runs.directory import RunDirectory
+from mopo_cli.runs.directory import RunDirectory, check_links
 from mopo_cli.runs.find import expanded, is_sweep, newest_run
 from mopo_cli.runs.record import read_finished
 
@@ -114,16 +114,23 @@ def _expanded(pattern: str, key: str) -> list[str]:
 def _entrant(path: str, config: EvalConfig) -> Entrant:
     run = RunDirectory(Path(path))
     if run.summary.exists() and run.model.is_dir():
-        return finished_run(path)
+        return finished_run(path, allow_code=config.allow_code)
     if any((run.path / name).is_file() for name in MODEL_FILES) or path == config.model.path:
         return Entrant(run.path.name, path, "model")
-    return finished_run(path)
+    return finished_run(path, allow_code=config.allow_code)
 
 
-def finished_run(path: str, key: str = "run") -> Entrant:
-    """A finished run with its config and results; UserError where there is none, or its files are torn."""
+def finished_run(path: str, key: str = "run", allow_code: bool = False) -> Entrant:
+    """A finished run with its config and results; UserError where there is none, or its files are torn.
+
+    Its config comes from a file: it may name mopo's own code only (config/trust.py), unless `allow_code`.
+    """
+    run = RunDirectory(Path(path).expanduser())
+    check_links(run.path)
     record = read_finished(path, key)
-    trained = compose.typed(OmegaConf.create(RunDirectory(record.path).settings()), TrainConfig)
+    settings = run.settings()
+    trust.check_trusted(settings, run.config, allow_code)
+    trained = compose.typed(OmegaConf.create(settings), TrainConfig)
     return Entrant(record.id, str(record.path), "run", trained, dict(record.summary))
 
 

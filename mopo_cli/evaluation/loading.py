@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.files import read_json
@@ -21,7 +20,7 @@ from mopo_cli.evaluation.records import Models
 from mopo_cli.judging.judges import PreferenceFeatures
 from mopo_cli.models.policy import Policy
 from mopo_cli.models.preference import load_preference_model
-from mopo_cli.models.tokenizers import load_tokenizer
+from mopo_cli.models.tokenizers import load_tokenizer, saved_tokenizer
 from mopo_cli.runs.directory import RunDirectory
 
 
@@ -52,7 +51,7 @@ def encoder_of(entrant: Entrant, model: ModelConfig) -> Encoder:
     if entrant.kind != "run":
         return plain_encoder(model)
     with reading(entrant.run.model):
-        tokenizer = AutoTokenizer.from_pretrained(entrant.run.model)
+        tokenizer = saved_tokenizer(entrant.run.model, model.trust_remote_code)
     return Encoder(tokenizer, model.max_length, model.chat_template)
 
 

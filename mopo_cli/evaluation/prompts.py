@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from transformers import AutoTokenizer
-
 from mopo_cli.base.files import read_lines
 from mopo_cli.base.types import Text
 from mopo_cli.config import compose, schema
 from mopo_cli.data.encoder import Encoder
+from mopo_cli.models.tokenizers import saved_tokenizer
 from mopo_cli.runs.directory import RunDirectory
 
 LAST_TURN = "\n\nAssistant:"
@@ -41,6 +40,7 @@ def framed_text(run: RunDirectory, prompt: str, condition: str = "") -> str:
     from omegaconf import OmegaConf
 
     model = compose.typed(OmegaConf.create(run.settings()), schema.TrainConfig).model
-    encoder = Encoder(AutoTokenizer.from_pretrained(run.model), model.max_length, model.chat_template, condition)
+    tokenizer = saved_tokenizer(run.model, model.trust_remote_code)
+    encoder = Encoder(tokenizer, model.max_length, model.chat_template, condition)
     example, response = known_example(run)
     return encoder.prompt_text(in_form_of(prompt, example), response)

@@ -85,6 +85,7 @@ def _fingerprint(file: Path) -> str:
 
 def _convert(file: Path, directory: Path) -> None:
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name, "local_files_only": True}
+    where["trust_remote_code"] = False  # of what else lies in its folder
     try:
         tokenizer = AutoTokenizer.from_pretrained(**where)
         model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]

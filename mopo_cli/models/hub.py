@@ -16,10 +16,14 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 from transformers import AutoConfig, PreTrainedConfig
 
 from mopo_cli.base.errors import UserError
+from mopo_cli.base.files import read_json
+from mopo_cli.base.secrets import holds_masked
 from mopo_cli.base.text import two_lines
 from mopo_cli.config.schema import ModelConfig
 from mopo_cli.models import gguf
 
+SAFE_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
 OLDER_KEYS = ("rope_theta", "rope_scaling", "torch_dtype")  # spellings of transformers 4 that it still reads
 HUB_TIMEOUT = 5.0  # seconds until the hub counts as unreachable
 
@@ -54,6 +58,17 @@ def base_of_adapter(config: ModelConfig) -> ModelConfig | None:
     return replace(config, path=base, revision=None)
 
 
+def weight_arguments(config: ModelConfig) -> dict[str, Any]:
+    """What from_pretrained takes besides hub_arguments where it reads weights; UserError where a directory has none.
+
+    Of the hub's older models some have pickles only (OPT): of these, tensors are read and nothing else.
+    """
+    path = source(config)
+    if is_local(path):
+        check_weights(Path(path), f"model.path={config.path}")
+    return {"use_safetensors": True if is_local(path) else None, "weights_only": True}
+
+
 def with_key(text: str, key: str) -> str:
     """A message about `model.path` that speaks of another key, and of no random weights."""
     text = re.sub(r"(; )?or (to a hub id; or )?model\.init=random.*", "", text)
@@ -72,6 +87,8 @@ def source(config: ModelConfig) -> str:
             "model.path: not set. Set model.path=DIR (a model directory) or to a hub id; or model.init=random with a "
             "model.architecture"
         )
+    if holds_masked(config.path):
+        raise UserError(f"model.path={config.path}: its secret was masked when it was written; give the value itself")
     if not is_local(config.path):
         return _of_package(config) or config.path
     path = os.path.expanduser(config.path)
@@ -82,6 +99,7 @@ def source(config: ModelConfig) -> str:
         raise UserError(f"model.path={config.path}: no such directory")
     if not any((Path(path) / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise UserError(f"model.path={config.path}: not a model directory (it has no config.json)")
+    check_adapter(Path(path))
     return path
 
 
@@ -91,6 +109,28 @@ def _of_package(config: ModelConfig) -> str | None:
     if file is None or hub_answers() or try_to_load_from_cache(str(config.path), "config.json") is not None:
         return None
     return str(gguf.converted(file))
+
+
+def check_weights(directory: Path, what: str) -> None:
+    """UserError (naming `what`) where a model's weights are in another form than safetensors: a pickle may run code."""
+    if any(next(directory.glob(pattern), None) for pattern in SAFE_WEIGHTS):
+        return
+    pickles = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
+    found = f"its weights are in {pickles[0]}" if pickles else "it holds no weights"
+    raise UserError(
+        f"{what}: {found}; mopo reads safetensors only. Where you trust them, convert them in Python: "
+        "transformers.AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(DIR)"
+    )
+
+
+def check_adapter(directory: Path) -> None:
+    """UserError where an adapter's config would have PEFT import a module that it names."""
+    record = directory / "adapter_config.json"
+    if not record.is_file():
+        return
+    values = read_json(record)
+    if not isinstance(values, dict) or values.get("megatron_config"):
+        raise UserError(f"{record}: megatron_config names a module to import; mopo reads adapters without it")
 
 
 def hub_arguments(config: ModelConfig) -> dict[str, Any]:

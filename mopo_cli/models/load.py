@@ -34,6 +34,7 @@ from mopo_cli.models.hub import (
     hub_arguments,
     read_config,
     source,
+    weight_arguments,
     with_key,
 )
 from mopo_cli.models.parts import backbone_of, compute_in, unwrap
@@ -141,6 +142,7 @@ def _pretrained_model(config: ModelConfig, built: PreTrainedConfig) -> PreTraine
     base = base_of_adapter(config)
     if base is not None:
         return _merged(_pretrained_model(base, built), config)
+    weights = weight_arguments(config)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
             source(config),
@@ -149,6 +151,7 @@ def _pretrained_model(config: ModelConfig, built: PreTrainedConfig) -> PreTraine
             attn_implementation=config.attention,
             output_loading_info=True,
             **hub_arguments(config),
+            **weights,
             **_quantisation(config),
         )
     except Exception as error:
@@ -208,6 +211,7 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
 def _merged(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
     from peft import PeftModel
 
+    weight_arguments(config)
     try:
         merged: PreTrainedModel = PeftModel.from_pretrained(model, source(config)).merge_and_unload()  # type: ignore
     except Exception as error:
@@ -229,6 +233,7 @@ def load_classifier(
     try:
         path = source(config)
         settings = hub_arguments(config)
+        weights = weight_arguments(config)
         tokenizer = AutoTokenizer.from_pretrained(path, **settings)
         model, report = AutoModelForSequenceClassification.from_pretrained(  # type: ignore[misc]
             path,
@@ -236,6 +241,7 @@ def load_classifier(
             output_loading_info=True,
             **({} if outputs is None else {"num_labels": outputs}),
             **settings,
+            **weights,
         )
     except UserError as error:
         raise UserError(with_key(str(error), key)) from None

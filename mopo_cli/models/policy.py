@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from mopo_cli.base.errors import UserError
 from mopo_cli.base.files import whole
 from mopo_cli.config.schema import ModelConfig, SamplingConfig
 from mopo_cli.data.batches import Collator
@@ -26,6 +27,7 @@ from mopo_cli.data.encoder import Encoder
 from mopo_cli.data.table import TokenRow, TokenTable
 from mopo_cli.models import sampling
 from mopo_cli.models.attention import attend_by_rows
+from mopo_cli.models.hub import check_adapter, check_weights
 from mopo_cli.models.load import load_policy
 from mopo_cli.models.logprobs import all_logps, collator_of
 from mopo_cli.models.parts import ADAPTER, inner, lora_of
@@ -156,7 +158,20 @@ def saved_weights(model: nn.Module, directory: Path) -> dict[str, Tensor]:
     """What `directory` holds, by name: an adapter's weights, or all of a model's."""
     if (directory / ADAPTER_FILE).exists():
         return load_file(directory / ADAPTER_FILE)
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=next(model.parameters()).dtype).state_dict()
+    check_weights(directory, str(directory))
+    check_adapter(directory)
+    whole, report = type(model).from_pretrained(  # type: ignore[attr-defined]  # no code but that of the model itself
+        directory,
+        dtype=next(model.parameters()).dtype,
+        attn_implementation="eager",
+        output_loading_info=True,
+        use_safetensors=True,
+        local_files_only=True,
+    )
+    if report["missing_keys"]:  # transformers would draw these at random and go on
+        shown = ", ".join(sorted(report["missing_keys"])[:3])
+        raise UserError(f"{directory}: {len(report['missing_keys'])} weights are not in its files: {shown}")
+    return whole.state_dict()
 
 
 def rank_and_alpha(directory: Path) -> tuple[int, float]:

@@ -35,6 +35,11 @@ def load_tokenizer(config: ModelConfig, texts: Iterable[str]) -> PreTrainedToken
     return tokenizer
 
 
+def saved_tokenizer(directory: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies with a run's model; code that lies there too is run only where its config says so."""
+    return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
+
+
 def _trains_tokenizer(config: ModelConfig) -> bool:
     if config.tokenizer.train and config.init != "random":
         raise UserError(

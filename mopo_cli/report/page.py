@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mopo_cli import __version__
+from mopo_cli.base.secrets import masked, masked_command
 from mopo_cli.report import groups, theme
 from mopo_cli.report.groups import Figure, Group
 from mopo_cli.report.quality import Quality
@@ -365,7 +366,7 @@ def config_text(report: Report, common: Mapping[str, Any]) -> str:
 
     if len(report.runs) == 1:
         try:
-            return (report.runs[0].path / "config.yaml").read_text(encoding="utf-8", errors="replace")
+            return masked((report.runs[0].path / "config.yaml").read_text(encoding="utf-8", errors="replace"))
         except OSError:
             return ""
     nested: dict[str, Any] = {}
@@ -391,7 +392,7 @@ def own_settings(run: RunRecord, common: Mapping[str, Any]) -> list[tuple[str, s
 
 def command_of(run: RunRecord) -> str:
     """The command that makes this run again: the one it was made by; of a sweep, for this point alone."""
-    text = str(run.summary.get("command") or "")
+    text = masked(str(run.summary.get("command") or ""))
     try:
         words = shlex.split(text)
     except ValueError:
@@ -401,7 +402,7 @@ def command_of(run: RunRecord) -> str:
     shared = [w for w in words[2:] if w not in ("-m", "--multirun") and _key(w) not in run.varying
             and not _key(w).startswith("sweep.")]  # fmt: skip
     point = [f"{key}={value}" for key, value in run.varying.items() if value]
-    return shlex.join(["mopo", "sweep", *shared, *point])
+    return masked_command(["mopo", "sweep", *shared, *point])
 
 
 def _key(word: str) -> str:

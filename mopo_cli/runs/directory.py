@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from omegaconf import OmegaConf
 
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.files import read_json, write_json
+from mopo_cli.base.secrets import holds_masked, masked
 from mopo_cli.base.text import flat, one_line, shown
+from mopo_cli.config import trust
 from mopo_cli.config.compose import with_current_names
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class RunDirectory:
         if step is None and self.status.exists():
             record = read_json(self.status)
             step = record.get("step") if isinstance(record, dict) else None
-        write_json(self.status, {"state": state, "step": step, "error": error})
+        write_json(self.status, {"state": state, "step": step, "error": masked(error)})
 
     def settings(self) -> dict[str, Any]:
         """The resolved config that the run was started with; UserError where config.yaml is missing or broken."""
@@ -139,9 +140,10 @@ class RunDirectory:
             raise UserError(f"{self.config}: cannot be read ({one_line(error)})") from None
         if not isinstance(values, dict) or not values:
             raise UserError(f"{self.config}: holds no config; the run may have been cut off")
-        if "${" in text:  # somebody's own hand: a run writes what it has resolved
-            values = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
-        return with_current_names(values)
+        try:
+            return with_current_names(trust.resolved(values, self.config))
+        except RecursionError:
+            raise UserError(f"{self.config}: holds itself by an alias (&, *)") from None
 
     def results(self) -> dict[str, Any]:
         """What summary.json says; UserError where it is missing, torn or no summary."""
@@ -152,6 +154,25 @@ class RunDirectory:
 
 
 # --------------------------------------------------------------------------------------------- owning one
+def check_links(path: Path) -> None:
+    """UserError where something in the directory of a run or sweep is a link that leads out of it.
+
+    What it leads to would be given away by reading, and changed by writing. W&B's own folders are left out: they hold
+    links to its logs, and mopo reads nothing there.
+    """
+    root = os.path.realpath(path)
+    for place, folders, files in os.walk(root):
+        for name in (*folders, *files):
+            entry = os.path.join(place, name)
+            if os.path.islink(entry) and os.path.commonpath([root, os.path.realpath(entry)]) != root:
+                found = path / os.path.relpath(entry, root)
+                raise UserError(
+                    f"{found}: a link to {os.path.realpath(entry)}, out of {path}; mopo neither reads nor writes "
+                    "through it. Put what it leads to in its place, where you trust it"
+                )
+        folders[:] = [name for name in folders if name != "wandb"]
+
+
 def claim(path: str | Path, resume: bool) -> RunDirectory:
     """Check that a run may use this directory; creates nothing, so that a refusal leaves nothing behind."""
     if not str(path):
@@ -162,6 +183,7 @@ def claim(path: str | Path, resume: bool) -> RunDirectory:
         if resume:
             raise UserError(f"run.resume=true, but run.dir={path} holds no run to go on with")
         return run
+    check_links(run.path)
     if locked(run):
         raise _taken(path)
     if resume:
@@ -243,11 +265,13 @@ def locked(run: RunDirectory) -> bool:
 # --------------------------------------------------------------------------------------------- going on with one
 def check_same_settings(run: RunDirectory, settings: dict[str, Any]) -> None:
     """UserError where a run would go on under other settings than it was started with; names the first."""
-    started, now = dict(flat(run.settings())), dict(flat(settings))
+    trust.check_typed(run.settings(), settings, run.config)
+    started, now = dict(flat(run.settings())), dict(flat(masked(settings)))
     for key in [*now, *(key for key in started if key not in now)]:
         if key.partition(".")[0] not in FREE_ON_RESUME and started.get(key) != now.get(key):
             before, after = shown(started.get(key)), shown(now.get(key))
+            secret = " (with the secret, which was masked when it was written)" if holds_masked(before) else ""
             raise UserError(
                 f"{key}={after}: the run in run.dir={run.path} was started with {before}, and goes on with the same "
-                f"settings only (its config.yaml has them). Give {key}={before}, or start another run"
+                f"settings only (its config.yaml has them). Give {key}={before}{secret}, or start another run"
             )

@@ -12,6 +12,7 @@ from typing import Any
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.files import read_json
 from mopo_cli.config.schema import ReportConfig
+from mopo_cli.runs.directory import check_links
 from mopo_cli.runs.record import RunFiles, RunRecord, read_run, shown
 
 
@@ -69,6 +70,7 @@ def find(settings: ReportConfig) -> tuple[list[RunRecord], str, Path]:
         path = _directory(settings.run, "run")
     else:
         path = _directory(settings.sweep, "sweep") if settings.sweep else newest_place()
+    check_links(path)
     return (read_sweep(path), "sweep", path) if is_sweep(path) else ([read_run(path)], "run", path)
 
 
@@ -89,6 +91,8 @@ def read_many(patterns: Sequence[str]) -> list[RunRecord]:
         raise UserError("runs=[]: must name a run directory at least")
     paths = [path for pattern in patterns for path in _run_directories(pattern)]
     unique = list({path.resolve(): path for path in paths}.values())
+    for path in unique:
+        check_links(path)
     return [read_run(path, name) for path, name in zip(unique, names_apart(unique), strict=True)]
 
 
@@ -113,7 +117,12 @@ def sweep_entries(directory: Path) -> list[dict[str, Any]]:
     runs = listing.get("runs") if isinstance(listing, dict) else None
     if not isinstance(runs, list):
         raise UserError(f"{path}: is not the list of a sweep's runs; choose another sweep.dir")
-    return [entry for entry in runs if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
+    return [entry for entry in runs if isinstance(entry, dict) and _is_name(entry.get("id"))]
+
+
+def _is_name(value: Any) -> bool:
+    """Whether it names a directory below runs/, and none elsewhere."""
+    return isinstance(value, str) and Path(value).name == value and value not in ("", "..")
 
 
 def read_sweep(directory: Path) -> list[RunRecord]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.files import read_json, read_lines
+from mopo_cli.base.secrets import masked
 from mopo_cli.base.text import flat, shown
 from mopo_cli.base.types import primary_first
 from mopo_cli.config.compose import option_name
@@ -60,10 +61,10 @@ class RunFiles:
 
     @property
     def config(self) -> dict[str, Any]:
-        """config.yaml, nested."""
+        """config.yaml, nested, to be shown: without secrets, which runs of old have in it."""
         if not self._config:  # it may be written yet
             try:
-                self._config = RunDirectory(self.path).settings()
+                self._config = masked(RunDirectory(self.path).settings())
             except UserError:
                 return {}
         return self._config

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import shlex
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from mopo_cli.base.console import say
 from mopo_cli.base.errors import AcceleratorMemoryError, UserError
 from mopo_cli.base.files import read_json, write_atomic, write_json
 from mopo_cli.base.processes import agree, interrupt
+from mopo_cli.base.secrets import masked, masked_command
 from mopo_cli.base.types import PreferenceData
 from mopo_cli.config import compose
 from mopo_cli.config.schema import TrainConfig
@@ -108,7 +108,7 @@ def _open(run: RunDirectory, composed: DictConfig, data: PreferenceData) -> Exit
         lock.close()
         raise UserError(f"run.resume=true: the data have changed since the run in run.dir={run.path} was started")
     write_atomic(run.config, compose.to_yaml(composed))
-    write_json(run.provenance, {**data.provenance, "fingerprint": current})
+    write_json(run.provenance, {**masked(data.provenance), "fingerprint": current})
     run.set_state("running", step=None if composed.run.resume else 0)
     return lock
 
@@ -126,4 +126,5 @@ def fingerprint(data: PreferenceData) -> str:
 def resume_command(run: RunDirectory, overrides: Sequence[str]) -> str:
     """The command that goes on with an interrupted run: the same settings, this directory."""
     settings = [o for o in overrides if not o.startswith(("run.dir=", "run.name=", "run.resume="))]
-    return shlex.join(["mopo", "train", *settings, f"run.dir={compose.in_grammar(str(run.path))}", "run.resume=true"])
+    place = f"run.dir={compose.in_grammar(str(run.path))}"
+    return masked_command(["mopo", "train", *settings, place, "run.resume=true"])

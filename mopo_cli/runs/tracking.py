@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from mopo_cli.base.console import warn
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.files import read_lines, write_atomic
+from mopo_cli.base.secrets import masked
 from mopo_cli.base.text import finite, first_line, flat
 from mopo_cli.config.schema import LoggerConfig
 from mopo_cli.runs.directory import RunDirectory
@@ -152,7 +153,12 @@ def _start_wandb(
     import wandb
 
     settings = wandb.Settings(
-        finish_timeout_raises=True, silent=True, console="off", disable_git=True, x_disable_stats=True
+        finish_timeout_raises=True,
+        silent=True,
+        console="off",
+        disable_git=True,
+        x_disable_stats=True,
+        x_disable_meta=True,  # it would hold the command line as it is, with its secrets
     )
     arguments: dict[str, Any] = {
         "project": logger.project,
@@ -162,10 +168,11 @@ def _start_wandb(
         "name": name,
         "job_type": kind,
         "dir": str(run.path),
-        "config": printable(config),
+        "config": printable(masked(config)),
         "settings": settings,
         "reinit": "create_new",
     }
+    arguments |= {key: masked(arguments[key]) for key in ("name", "group", "tags")}
     try:
         return wandb.init(mode=mode, **arguments)  # type: ignore[arg-type]
     except Exception as error:

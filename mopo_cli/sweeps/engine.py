@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 from mopo_cli.base.console import say
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.processes import alone, interrupt
-from mopo_cli.config import compose, schema
-from mopo_cli.runs.directory import RunDirectory, check_place, check_same_settings, locked
+from mopo_cli.config import compose, schema, trust
+from mopo_cli.runs.directory import RunDirectory, check_links, check_place, check_same_settings, locked
 from mopo_cli.runs.record import RunRecord, read_point
 from mopo_cli.sweeps.board import Board, Line, show_results
 from mopo_cli.sweeps.points import Point, Points, Trial, compose_point, settings_of
@@ -38,6 +38,7 @@ def check(trials: Sequence[Trial], directory: Path, settings: schema.SweepConfig
         raise UserError("mopo sweep: starts its own processes; launch `mopo train` for several on one run")
     if directory.exists() and not directory.is_dir():
         raise UserError(f"sweep.dir={directory}: this is a file, not a directory")
+    check_links(directory)
     there = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
     if there - {".lock"} and not there & {"sweep.json", "runs"}:
         raise UserError(f"sweep.dir={directory}: already in use, and not by a sweep; choose another")
@@ -57,6 +58,7 @@ def check_points(points: Sequence[dict[str, Any]]) -> None:
     from mopo_cli.pipeline import train
 
     for settings in points:
+        trust.find_own_modules(settings)
         train.check(compose.typed(OmegaConf.create(settings), schema.TrainConfig))
 
 

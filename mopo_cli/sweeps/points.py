@@ -16,6 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mopo_cli.base.errors import UserError
+from mopo_cli.base.secrets import masked
 from mopo_cli.base.text import flat, one_line
 from mopo_cli.config import compose, schema
 from mopo_cli.runs.directory import RunDirectory
@@ -232,7 +233,7 @@ def check_different(trials: Sequence[Trial]) -> None:
 def point_id(varying: Sequence[str]) -> str:
     """A directory name from what varies: readable, with a hash where it lost a character or would grow too long."""
     text = ",".join(MAPPING.sub(_flat_text, override.lstrip("+")) for override in varying) or "default"
-    name = re.sub(r"[^\w.,=+-]", "_", text)
+    name = re.sub(r"[^\w.,=+-]", "_", masked(text))
     whole = name == text and len(name) <= 100
     return name if whole else f"{name[:80]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
@@ -249,7 +250,7 @@ def compose_point(point: Point, directory: Path, user_config_dir: str | None) ->
     with open_dict(composed):
         composed.sweep = {"name": directory.name, "point": point.id, "overrides": dict(point.varying)}
         composed.logger.group = composed.logger.group or directory.name
-        composed.logger.tags = [*composed.logger.tags, *(f"{k}={v}"[:TAG] for k, v in point.varying.items())]
+        composed.logger.tags = [*composed.logger.tags, *(masked(f"{k}={v}")[:TAG] for k, v in point.varying.items())]
     trial = _placed(Trial(point, composed, RunDirectory(directory)), directory)
     compose.typed(composed, schema.TrainConfig)
     return trial
@@ -287,7 +288,7 @@ def settings_of(trial: Trial) -> dict[str, Any]:
 
 def identity(settings: dict[str, Any]) -> str:
     """A hash of everything that a run's results depend on; 1 and 1.0 are the same."""
-    decisive = {key: value for key, value in flat(settings) if key.partition(".")[0] not in NOT_IDENTITY}
+    decisive = {key: value for key, value in flat(masked(settings)) if key.partition(".")[0] not in NOT_IDENTITY}
     read = {k: float(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for k, v in decisive.items()}
     return hashlib.sha256(repr(sorted(read.items(), key=lambda item: item[0])).encode()).hexdigest()
 

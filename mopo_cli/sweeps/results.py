@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mopo_cli.base.files import write_atomic, write_json
+from mopo_cli.base.secrets import masked
 from mopo_cli.base.text import one_line
 from mopo_cli.config.compose import option_name
 from mopo_cli.config.schema import LoggerConfig
@@ -85,14 +86,14 @@ def front(records: Sequence[RunRecord]) -> list[RunRecord]:
 # --------------------------------------------------------------------------------------------- files
 def write_results(directory: Path, records: Sequence[RunRecord], state: str) -> None:
     """results.csv (a line for each run that ended or failed) and sweep.json (every run), each whole."""
-    rows = [_row(record) for record in records if record.state in (*ENDED, "failed")]
+    rows = [masked(_row(record)) for record in records if record.state in (*ENDED, "failed")]
     columns = list(dict.fromkeys(["id", *(k for r in records for k in r.varying), *(k for row in rows for k in row)]))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomic(directory / "results.csv", text.getvalue())
-    write_json(directory / "sweep.json", as_json(directory.name, records, state))
+    write_json(directory / "sweep.json", masked(as_json(directory.name, records, state)))
 
 
 def _row(record: RunRecord) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class Optuna:
             raise UserError("sweeper=optuna: nothing to search over; give a key a range: tau=interval(0.05,1)")
         if "objectives" in self.space:
             raise UserError("objectives: sweeper=optuna needs the same objectives in every trial")
-        self.earlier = [texts for texts in earlier if texts.keys() == self.space.keys()]
+        self.earlier = [texts for texts in earlier if self._holds(texts)]
         self.proposed: list[tuple[dict[str, Any], Point]] = []
         self.records: dict[str, RunRecord] = {}
         return self
@@ -72,6 +72,12 @@ class Optuna:
 
     def tell(self, point: Point, record: RunRecord) -> None:
         self.records[point.id] = record
+
+    def _holds(self, texts: dict[str, str]) -> bool:
+        """Whether sweep.json's words are a point of this search: nothing else of them may become an override."""
+        if texts.keys() != self.space.keys():
+            return False
+        return all(_allows(self.space[key], text) for key, text in texts.items())
 
     def _swept(self) -> list[tuple[str, Override]]:
         return [(o.get_key_element().lstrip("+"), o) for o in self.parsed if o.is_sweep_override()]
@@ -138,6 +144,15 @@ def _text(value: Any) -> str:
 
 def _bounded(distribution: Any, value: Any) -> Any:
     return min(max(float(f"{value:.6g}"), distribution.low), distribution.high) if isinstance(value, float) else value
+
+
+def _allows(distribution: Any, text: str) -> bool:
+    if hasattr(distribution, "choices"):
+        return text in distribution.choices
+    try:
+        return distribution.low <= float(text) <= distribution.high
+    except (TypeError, ValueError):
+        return False
 
 
 def _value(distribution: Any, text: str) -> Any:

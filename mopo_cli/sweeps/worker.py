@@ -20,6 +20,8 @@ from typing import Any
 from mopo_cli.base import invocation
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.files import read_json
+from mopo_cli.base.secrets import masked
+from mopo_cli.config import trust
 from mopo_cli.runs.directory import ENDED, RunDirectory, locked
 
 EVERY = 0.5  # seconds between two writes of progress.json
@@ -100,6 +102,7 @@ class Reporter:
             self.stages,
         )
         temporary = self.path.with_name(".progress.json.tmp")
+        temporary.unlink(missing_ok=True)
         temporary.write_text(json.dumps(asdict(record)), encoding="utf-8")
         temporary.replace(self.path)
 
@@ -110,8 +113,7 @@ def work(job: Job) -> None:
     Nothing is done where the run has ended or another process holds it, so starting it once too often is harmless.
     """
     os.chdir(job.cwd)
-    if job.cwd not in sys.path:
-        sys.path.append(job.cwd)  # a user's own scorer lies there
+    trust.find_own_modules(job.settings)  # whoever started the sweep has typed them
     invocation.begin((job.command, *job.overrides))
     run = RunDirectory(Path(job.directory))
     if locked(run) or (run.status.exists() and run.state() in ENDED):
@@ -132,7 +134,7 @@ def _train(job: Job, run: RunDirectory) -> None:
     except UserError as error:
         _failed(run, error)
     except Exception as error:
-        traceback.print_exc()
+        print(masked(traceback.format_exc()), file=sys.stderr)
         _failed(run, error)
     except KeyboardInterrupt:
         print("interrupted", flush=True)
@@ -162,7 +164,7 @@ def _attempt(job: Job, run: RunDirectory) -> None:
 
 def _failed(run: RunDirectory, error: Exception) -> None:
     """Say so in status.json, unless somebody else has taken the run meanwhile."""
-    text = f"{type(error).__name__}: {error}"
+    text = masked(f"{type(error).__name__}: {error}")
     print(f"failed: {text}", flush=True)
     if not locked(run):
         run.set_state("failed", error=text)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import torch
-from transformers import AutoTokenizer
 
 from mopo_cli.algorithms.contract import Aligned, aim_of, finished
 from mopo_cli.algorithms.pairwise.dpo import Dpo
@@ -27,6 +26,7 @@ from mopo_cli.base.files import read_json
 from mopo_cli.config.checks import checked, normalised_weights, one_of
 from mopo_cli.models.parts import inner, lora_of
 from mopo_cli.models.policy import Policy, Snapshot, rank_and_alpha, saved_weights
+from mopo_cli.models.tokenizers import saved_tokenizer
 from mopo_cli.runs.directory import RunDirectory
 from mopo_cli.training.checkpoints import Setting, Work
 
@@ -189,7 +189,7 @@ def differences(policy: Policy, directory: Path) -> str:
         ours, theirs = ("all its weights", "a LoRA adapter") if adapter else ("a LoRA adapter", "all its weights")
         return f"it has {theirs}, the run trains {ours} (model.lora.r)"
     try:
-        theirs = AutoTokenizer.from_pretrained(directory).get_vocab()
+        theirs = saved_tokenizer(directory).get_vocab()
         saved = saved_weights(model, directory)
     except Exception as error:
         return f"it cannot be loaded ({' '.join(str(error).split())[:200]})"
