@@ -62,7 +62,13 @@ lock: $(INSTALLED) ## renew constraints.txt from pyproject.toml
 	 $(BIN)/uv pip compile --quiet --universal --python-version 3.10 --extra dev --constraint $(VENV)/pinned.txt \
 	 --no-annotate --no-header pyproject.toml) > constraints.txt
 
+audit: $(INSTALLED) ## look the pinned packages up in the advisory database (needs a network)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile --quiet --extra dev --constraint constraints.txt --no-annotate --no-header pyproject.toml \
+	 --python $(BIN)/python > $(VENV)/audited.txt
+	$(BIN)/uv tool run --quiet pip-audit --requirement $(VENV)/audited.txt --no-deps --disable-pip --progress-spinner off
+
 clean: ## remove .venv and build leftovers; outputs/ stays
 	rm -rf $(VENV) dist build *.egg-info .pytest_cache .ruff_cache
 
-.PHONY: help install train test test-quick lint bench bench-small bench-commands quality baselines wheel lock clean
+.PHONY: help install train test test-quick lint bench bench-small bench-commands quality baselines wheel lock audit clean

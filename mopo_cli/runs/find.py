@@ -11,6 +11,7 @@ from typing import Any
 
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.files import read_json
+from mopo_cli.base.secrets import masked
 from mopo_cli.config.schema import ReportConfig
 from mopo_cli.runs.directory import check_links
 from mopo_cli.runs.record import RunFiles, RunRecord, read_run, shown
@@ -149,6 +150,6 @@ def _listed(path: Path, entry: dict[str, Any]) -> RunRecord:
         record = read_run(path, entry["id"], varying)
     except UserError:  # it never began
         state = str(entry.get("state") or "not started")
-        texts = {key: shown(value) for key, value in varying.items()}
+        texts = {key: shown(value) for key, value in masked(varying).items()}
         return RunRecord(entry["id"], RunFiles(path), state, texts, problem=error)
     return record if record.finished or record.problem else replace(record, problem=error)

@@ -187,7 +187,7 @@ def read_run(path: Path, name: str | None = None, varying: Mapping[str, Any] | N
         id=name or path.resolve().name,
         files=RunFiles(path),
         state=str(summary.get("state") or run.known_state()),
-        varying={key: shown(value) for key, value in (varying or {}).items()},
+        varying={key: shown(value) for key, value in masked(dict(varying or {})).items()},
         summary=summary,
         problem=problem or _error(run),
     )
