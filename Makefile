@@ -64,9 +64,8 @@ lock: $(INSTALLED) ## renew constraints.txt from pyproject.toml
 
 audit: $(INSTALLED) ## look the pinned packages up in the advisory database (needs a network)
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile --quiet --extra dev --constraint constraints.txt --no-annotate --no-header pyproject.toml \
-	 --python $(BIN)/python > $(VENV)/audited.txt
-	$(BIN)/uv tool run --quiet pip-audit --requirement $(VENV)/audited.txt --no-deps --disable-pip --progress-spinner off
+	$(BIN)/uv tool run --quiet --python $(BIN)/python pip-audit --strict --requirement constraints.txt --no-deps \
+	 --disable-pip --progress-spinner off
 
 clean: ## remove .venv and build leftovers; outputs/ stays
 	rm -rf $(VENV) dist build *.egg-info .pytest_cache .ruff_cache
