@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate.utils.other import load as accelerate_load
 from run_directories import summary as told_summary
 from run_directories import write_run
 from running import Finished, mopo, read_json
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mopo_cli.algorithms.mopo.rows import read_checkpoint
 from mopo_cli.base import invocation
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.files import write_atomic
@@ -337,6 +339,14 @@ class TestModels:
         with pytest.raises(ValueError, match="custom code"):
             saved_tokenizer(folder)
         assert set(saved_weights(model, folder)) == set(model.state_dict())
+        assert not marker.exists()
+
+    def test_a_checkpoint_is_read_without_its_code(self, here: Path, marker: Path):
+        (here / "alignment.json").write_text("{}")
+        (here / "evil.pt").rename(here / "alignment.pt")
+        for read in (lambda: read_checkpoint(here), lambda: accelerate_load(here / "alignment.pt")):
+            with pytest.raises(Exception, match=r"weights_only|Weights only|alignment"):
+                read()
         assert not marker.exists()
 
     def test_an_adapter_may_not_name_a_module(self, here: Path):
