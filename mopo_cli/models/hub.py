@@ -116,9 +116,10 @@ def check_weights(directory: Path, what: str) -> None:
     if any(next(directory.glob(pattern), None) for pattern in SAFE_WEIGHTS):
         return
     pickles = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
-    found = f"its weights are in {pickles[0]}" if pickles else "it holds no weights"
+    if not pickles:
+        raise UserError(f"{what}: it holds no weights (no file named model.safetensors)")
     raise UserError(
-        f"{what}: {found}; mopo reads safetensors only. Where you trust them, convert them in Python: "
+        f"{what}: its weights are in {pickles[0]}; mopo reads safetensors only. Where you trust them, convert them in Python: "
         "transformers.AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(DIR)"
     )
 
