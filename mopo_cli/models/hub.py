@@ -119,8 +119,8 @@ def check_weights(directory: Path, what: str) -> None:
     if not pickles:
         raise UserError(f"{what}: it holds no weights (no file named model.safetensors)")
     raise UserError(
-        f"{what}: its weights are in {pickles[0]}; mopo reads safetensors only. Where you trust them, convert them in Python: "
-        "transformers.AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(DIR)"
+        f"{what}: its weights are in {pickles[0]}; mopo reads safetensors only. Where you trust them, convert them in "
+        "Python: transformers.AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(DIR)"
     )
 
 
