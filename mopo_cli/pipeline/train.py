@@ -16,7 +16,7 @@ from mopo_cli.pipeline.finish import evaluate_run, finish
 from mopo_cli.pipeline.outcome import Outcome
 from mopo_cli.runs.directory import RunDirectory
 from mopo_cli.runs.session import quiet_libraries, recorded
-from mopo_cli.runs.tracking import wandb_mode
+from mopo_cli.runs.tracking import check_logger
 from mopo_cli.training.checkpoints import Setting
 from mopo_cli.training.inputs import prepare_inputs
 from mopo_cli.training.preference import fit_or_load_judge
@@ -25,7 +25,7 @@ from mopo_cli.training.reference import fit_or_load_reference
 
 def check(config: TrainConfig) -> None:
     """Everything that can be told before data and model are loaded: UserError where they do not suit each other."""
-    wandb_mode(config.logger)
+    check_logger(config.logger, config.run.name)
     algorithm_of(config)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import altair as alt
 import numpy as np
 
-from mopo_cli.config.compose import in_grammar
+from mopo_cli.config.overrides import in_grammar
 from mopo_cli.maths import pareto
 from mopo_cli.report import marks
 from mopo_cli.report.marks import rows

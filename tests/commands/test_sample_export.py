@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mopo_cli.base.errors import UserError
 from mopo_cli.commands.export import check_target
-from mopo_cli.commands.sample import printable
+from mopo_cli.commands.sample import printable, prompts_of
 from mopo_cli.evaluation.card import model_card
 from mopo_cli.evaluation.prompts import in_form_of, known_example
 from mopo_cli.runs.directory import RunDirectory
@@ -70,7 +70,7 @@ class TestMistakesOfSample:
             (("prompt=a", "sampling.top_p=0"), "sampling.top_p=0.0: must be in (0, 1]"),
             (("prompts=nowhere.txt",), "prompts=nowhere.txt: cannot be read"),
             (("prompts=empty.txt",), "prompts=empty.txt: holds no prompts"),
-            (("prompts=bad.jsonl",), 'bad.jsonl:2: expected a JSON object with a prompt, as {"prompt": "..."}'),
+            (("prompts=bad.jsonl",), 'bad.jsonl:2: expected a JSON object, found ["a"]'),
             (("prompt=a", "run=nowhere"), "run=nowhere: no finished run there"),
             (("prompt=a",), "run: no finished run under outputs/train/"),
         ],
@@ -82,6 +82,38 @@ class TestMistakesOfSample:
         assert done.status == 2
         assert told in done.err
         assert done.err.count("\n") == 1
+
+
+class TestFilesOfPrompts:
+    MESSAGES: list[dict[str, str]] = [{"role": "user", "content": "b"}]  # noqa: RUF012
+
+    @pytest.mark.parametrize(
+        ("name", "text", "prompts"),
+        [
+            ("a.txt", "\ufeffone\r\n\ntwo \u2028 three\n", ["one", "two \u2028 three"]),
+            ("a.jsonl", '\ufeff{"prompt": "a"}\n\n{"prompt": [{"role": "user", "content": "b"}]}\n', ["a", MESSAGES]),
+            ("a.json", '[{"prompt": "a", "chosen": "x"}, {"prompt": "é"}]', ["a", "é"]),
+        ],
+    )
+    def test_are_read_as_data_are(self, tmp_path: Path, name: str, text: str, prompts: list[Any]):
+        (tmp_path / name).write_bytes(text.encode())
+        assert prompts_of(str(tmp_path / name)) == prompts
+
+    @pytest.mark.parametrize(
+        ("text", "told"),
+        [
+            ('{"prompt": ""}\n', ":1: prompt is empty"),
+            ('{"prompt": 5}\n', ":1: prompt must be a string or a list of messages, found 5"),
+            ('{"text": "a"}\n', ":1: prompt is missing"),
+            ('{"prompt": [{"role": "me", "content": "a"}]}\n', ":1: prompt has the role 'me'"),
+            ("{oops\n", ":1: not JSON at column 2"),
+        ],
+    )
+    def test_a_line_that_holds_none(self, tmp_path: Path, text: str, told: str):
+        (tmp_path / "a.jsonl").write_text(text)
+        with pytest.raises(UserError) as caught:
+            prompts_of(str(tmp_path / "a.jsonl"))
+        assert told in str(caught.value)
 
 
 class TestWhereToExport:
