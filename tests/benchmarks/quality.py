@@ -135,7 +135,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--root", type=Path, default=ROOT, help="where the sweeps go (%(default)s)")
     asked, overrides = parser.parse_known_args(arguments)
     seeds = [int(seed) for seed in asked.seeds.split(",")]
-    place = asked.root / f"data_seed={asked.data_seed},seeds={'-'.join(map(str, seeds))}"
+    place = asked.root / f"data-{asked.data_seed}-seeds-{'-'.join(map(str, seeds))}"  # a name in Hydra's grammar
     common = [f"dataset.data_seed={asked.data_seed}", f"seed={asked.seeds}"]
     low, high = world_limits(asked.data_seed)
     thresholds = [round(low + share * (high - low), 3) for share in (0.25, 0.5, 0.75)]
