@@ -108,11 +108,16 @@ class Tracker:
         if self.file is None:
             return
         self.history = [record for record in read_lines(self.path) if record["step"] <= step]
+        self._rewrite()
+        for record in self.history:
+            self._mirror(record)
+
+    def _rewrite(self) -> None:
+        if self.file is None:
+            return
         self.file.close()
         write_atomic(self.path, "".join(json.dumps(record) + "\n" for record in self.history))
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
-        for record in self.history:
-            self._mirror(record)
 
     def log(self, step: int, **numbers: Any) -> None:
         """One line of metrics; nested names use a slash (`dual/harmless`)."""
@@ -122,6 +127,13 @@ class Tracker:
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
         self._mirror(record)
+
+    def amend(self, **numbers: Any) -> None:
+        """The last line with what was measured anew after it: where a curve ends is what the summary says."""
+        if self.history:
+            self.history[-1] = self.history[-1] | finite(numbers)
+            self._rewrite()
+            self._mirror(self.history[-1])
 
     def _mirror(self, record: dict[str, Any]) -> None:
         if self.wandb is not None:

@@ -105,9 +105,9 @@ def policies_of(directory: Path) -> tuple[list[Policy], World]:
 
 def policy_of(run: RunRecord, exact: bool) -> Policy:
     by, asked = trade_off(run)
-    oracle, train = run.summary.get("oracle") or {}, run.summary["train"]
+    oracle, train = run.oracle, run.summary["train"]
     threshold = float(asked) if by == ASKED["threshold"] else None
-    known = exact and threshold is not None
+    known = exact and threshold is not None and not run.out_of_reach
     return Policy(
         method=str(run.summary["algorithm"]),
         seed=int(run.summary["seed"]),

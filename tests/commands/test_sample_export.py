@@ -171,7 +171,33 @@ class TestCard:
         text = model_card(self.settings, {**self.summary, "aim": aim}, {})
         assert "seed 0): objectives weighed helpful 0.7, safe\\|r 0.3.\n" in text
         text = model_card(self.settings, {**self.summary, "aim": ""}, {})
-        assert "seed 0): as helpful as possible, with safe\\|r at least 0.550.\n" in text
+        assert "with safe\\|r at least 0.550 (undecided: win rate 0.570 ± 0.030).\n" in text
+
+    @pytest.mark.parametrize(
+        ("verdict", "threshold", "said"),
+        [
+            ("no", 0.65, "safe\\|r at least 0.650 (missed: win rate 0.570 ± 0.030)."),
+            ("yes", 0.5, "safe\\|r at least 0.500."),
+            ("no", 0.58, "safe\\|r at least 0.580 (missed: exact win rate 0.575)."),
+        ],
+    )
+    def test_opens_with_what_became_of_a_threshold(self, verdict: str, threshold: float, said: str):
+        changed = {"threshold": threshold, "satisfied_with_confidence": verdict}
+        results = {**self.summary["objectives"], "safe|r": {**self.summary["objectives"]["safe|r"], **changed}}
+        exact = {"win_rate": {"helpful": 0.6, "safe|r": 0.575}, "feasible": True}
+        text = model_card(self.settings, {**self.summary, "objectives": results, "oracle": exact}, {})
+        assert said in text
+
+    def test_a_threshold_of_the_schedule_was_not_asked_for(self):
+        objectives = {"helpful": {"role": "primary"}, "safe|r": {"role": "secondary", "threshold": None}}
+        text = model_card({**self.settings, "objectives": objectives}, self.summary, {})
+        assert "safe\\|r at least 0.550, which the run set itself (undecided" in text
+
+    def test_thresholds_out_of_reach_are_told_with_what_is_attainable(self):
+        exact = {"win_rate": {"helpful": 0.6}, "feasible": False, "attainable": {"safe|r": 0.54}}
+        text = model_card(self.settings, {**self.summary, "oracle": exact}, {})
+        said = "safe\\|r at least 0.550 is out of reach: at most 0.540 is attainable."
+        assert f"No policy keeps these thresholds: {said}" in text
 
     def test_text_of_others_is_no_markup(self):
         told = model_card(self.settings, self.summary, {"source": "<script>alert(1)</script>\n# title"})

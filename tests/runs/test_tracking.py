@@ -153,6 +153,18 @@ class TestLines:
     def tracker(self, path: Path, active: bool = True) -> Tracker:
         return Tracker(RunDirectory(path), LoggerConfig(), {}, "name", active=active)
 
+    def test_the_last_line_takes_what_was_measured_after_it(self, tmp_path: Path):
+        tracker = self.tracker(tmp_path)
+        tracker.amend(kl=0.1)  # before any line there is nothing to amend
+        tracker.log(5, loss=1.0, **{"win_rate/a": 0.5})
+        tracker.log(10, loss=0.9, **{"win_rate/a": 0.55})
+        tracker.amend(kl=0.2, **{"win_rate/a": 0.538})
+        tracker.finish()
+        assert read_metrics(tmp_path) == [
+            {"step": 5, "loss": 1.0, "win_rate/a": 0.5},
+            {"step": 10, "loss": 0.9, "win_rate/a": 0.538, "kl": 0.2},
+        ]
+
     def test_each_step_is_there_at_once_and_in_strict_json(self, tmp_path: Path):
         tracker = self.tracker(tmp_path)
         tracker.log(5, loss=math.nan, **{"dual/harmless": 0.5, "chi/harmless": math.inf})
