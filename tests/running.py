@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +33,20 @@ TINY = (
     "model.architecture.intermediate_size=64",
     "model.architecture.num_hidden_layers=1",
 )
+SMALL = (  # the smallest that has a checkpoint or two: about a second
+    "hparams=smoke", "logger=none", "steps=6", "log_every=1", "checkpoint_every=2", "sft.steps=2",
+    "preference_model.steps=2", "preference_model.evaluate_every=2", "sampling.max_new_tokens=4", "dataset.rows=120",
+    "onpolicy.prompts=4", "onpolicy.train_prompts=4", "evaluation.prompts=4", "evaluation.exact_prompts=1",
+    "evaluation.bootstrap=5", "model.architecture.hidden_size=8", "model.architecture.intermediate_size=16",
+    "model.architecture.num_hidden_layers=1", "model.tokenizer.vocab_size=300",
+)  # fmt: skip
+OF_BEFORE = (  # the settings of `runs_of_before`
+    "hparams=smoke", "logger=none", "seed=3", "cache=null", "steps=10", "checkpoint_every=5", "sft.steps=4",
+    "preference_model.steps=4", "preference_model.evaluate_every=4", "sampling.max_new_tokens=8",
+    "evaluation.prompts=8", "evaluation.exact_prompts=4", "evaluation.bootstrap=20", "dataset.rows=300",
+    "model.architecture.hidden_size=8", "model.architecture.intermediate_size=16",
+    "model.architecture.num_hidden_layers=1", "model.tokenizer.vocab_size=300",
+)  # fmt: skip
 TIMEOUT = 300  # seconds; a net for a hang, not a measurement
 SPEEDS = ("pairs_per_second", "tokens_per_second")
 
@@ -99,6 +114,13 @@ def stop_when(
     finally:
         process.kill()
     return Finished(process.returncode, out, err)
+
+
+def runs_of_before(place: Path) -> Path:
+    """Run directories that version 0.1 wrote: two that were cut off, one that has ended."""
+    with tarfile.open(Path(__file__).parent / "fixtures" / "before_the_move.tar.xz") as archive:
+        archive.extractall(place, filter="data")
+    return place / "before_the_move"
 
 
 def owner(lock: Path) -> int:

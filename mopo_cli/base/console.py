@@ -98,6 +98,11 @@ def count_rows(rows: int, done: str = "read") -> None:
         _open[-1].count(rows, done)
 
 
+def stage_name() -> str:
+    """Of the stage that runs now."""
+    return _open[-1].name if _open else "training"
+
+
 @contextmanager
 def stage(name: str, total: int, start: int = 0, brief: bool = False) -> Iterator[Progress]:
     """One stage of a run, from step `start`; says what it is when it starts and how long it took when it ends.

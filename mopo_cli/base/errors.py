@@ -1,4 +1,5 @@
-"""Failures with a message of their own: a mistake of the user (exit status 2), and memory that ran out (1)."""
+"""Failures with a message of their own: a mistake of the user (exit status 2); memory that ran out, numbers that are
+not finite, a run directory that is gone (1)."""
 
 from __future__ import annotations
 
@@ -12,6 +13,14 @@ class UserError(Exception):
 
 class AcceleratorMemoryError(RuntimeError):
     """The accelerator's memory did not suffice: where, and which setting would do."""
+
+
+class NotFiniteError(RuntimeError):
+    """Losses, gradients, weights or log-probs are NaN or infinite: where, and which setting to lower."""
+
+
+class RunLostError(RuntimeError):
+    """The run's directory is not there any more: nothing can be written."""
 
 
 def needed(module: str, extra: str) -> Any:

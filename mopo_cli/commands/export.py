@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
+from safetensors import safe_open
 
 from mopo_cli.base.console import say, stage, warn
 from mopo_cli.base.errors import UserError
-from mopo_cli.base.files import read_json, write_json
+from mopo_cli.base.files import read_record, write_json
 from mopo_cli.base.secrets import masked
 from mopo_cli.config import compose
 from mopo_cli.config.schema import ExportConfig
 from mopo_cli.data.directions import directions_of
 from mopo_cli.evaluation.card import model_card
 from mopo_cli.evaluation.entrants import SHARED_SUMMARY, Entrant, finished_run
+from mopo_cli.evaluation.loading import reading
 from mopo_cli.evaluation.prompts import framed_text
 from mopo_cli.models.hub import check_weights
 from mopo_cli.models.tokenizers import saved_tokenizer
@@ -76,7 +78,7 @@ def check_target(target: Path, run: Path, overwrite: bool) -> None:
 
 def check_base(entrant: Entrant) -> None:
     """UserError where nobody could load the adapter; a warning where nobody else could."""
-    base = read_json(entrant.run.model / "adapter_config.json").get("base_model_name_or_path")
+    base = read_record(entrant.run.model / "adapter_config.json").get("base_model_name_or_path")
     if not base or (entrant.trained is not None and entrant.trained.model.init == "random"):
         raise UserError(
             f"run={entrant.path}: its adapter belongs to random weights that nobody else has; merge=true writes a "
@@ -88,12 +90,15 @@ def check_base(entrant: Entrant) -> None:
 
 def write_folder(entrant: Entrant, folder: Path, adapter: bool, merge: bool) -> None:
     run = entrant.run
+    for weights in run.model.glob("*.safetensors"):
+        with reading(weights), safe_open(weights, "pt") as file:  # which tells whether the file is whole
+            file.keys()
     if merge and (run.model / "adapter_config.json").is_file():
         write_merged(entrant, folder)
     else:
         copy_model(run.model, folder)
     later = run.path / "evaluation.json"
-    evaluation: dict[str, Any] | None = read_json(later) if later.exists() else None
+    evaluation: dict[str, Any] | None = read_record(later) if later.exists() else None
     prompt = framed_text(run, "How do I boil an egg?", entrant.condition)
     directions = directions_of(run.model)
     if directions is not None:
@@ -124,7 +129,7 @@ def _is_known(path: Path) -> bool:
 
 def provenance_of(entrant: Entrant) -> dict[str, Any]:
     path = entrant.run.provenance
-    values = read_json(path) if path.exists() else {}
+    values = read_record(path) if path.exists() else {}
     return {key: json.dumps(v, ensure_ascii=False) if isinstance(v, dict | list) else v for key, v in values.items()}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mopo_cli.base.errors import UserError
-from mopo_cli.base.files import read_json, write_json
+from mopo_cli.base.files import read_record, write_json
 from mopo_cli.config.checks import normalised_weights
 
 MAPS = ("linear", "l2", "linf")
@@ -132,7 +132,7 @@ def directions_of(model: Path) -> Directions | Levels | None:
     """What the policy in a model directory understands; None for one that takes no direction."""
     if not (model / FILE).is_file():
         return None
-    values: dict[str, Any] = read_json(model / FILE)
+    values: dict[str, Any] = read_record(model / FILE)
     try:
         if "levels" in values:
             return Levels(tuple(values["names"]), tuple(map(tuple, values["levels"])))

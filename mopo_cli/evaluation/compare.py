@@ -12,7 +12,7 @@ import numpy as np
 
 from mopo_cli.base.console import stage, warn
 from mopo_cli.base.errors import UserError
-from mopo_cli.base.files import read_json
+from mopo_cli.base.files import read_json, read_record
 from mopo_cli.base.types import Corpus, Example, PreferenceData
 from mopo_cli.config.schema import EvalConfig, ObjectiveConfig
 from mopo_cli.data.assistant import World
@@ -136,7 +136,7 @@ def warn_of_other_data(entrants: Sequence[Entrant], asked_data: str) -> None:
     """A warning where a run was trained on other data than those that are asked: it may have seen the prompts."""
     for entrant in entrants:
         path = entrant.run.provenance
-        if entrant.kind == "run" and path.exists() and read_json(path).get("fingerprint") != asked_data:
+        if entrant.kind == "run" and path.exists() and read_record(path).get("fingerprint") != asked_data:
             warn(f"{entrant.path}: was trained on other data than those that are asked; it may know the prompts")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from mopo_cli.base.errors import UserError
-from mopo_cli.base.files import read_json
+from mopo_cli.base.files import read_record
 from mopo_cli.base.types import Text
 from mopo_cli.config import compose, trust
 from mopo_cli.config.schema import EvalConfig, TrainConfig
@@ -59,7 +59,7 @@ class Entrant:
     def condition(self) -> str:
         """What stands in front of each prompt when a run's policy is asked, also where it was exported to."""
         shared = self.model / SHARED_SUMMARY
-        summary = read_json(shared) if self.kind == "model" and shared.is_file() else self.summary
+        summary = read_record(shared) if self.kind == "model" and shared.is_file() else self.summary
         return str(summary.get("condition") or "")
 
 
@@ -130,7 +130,11 @@ def finished_run(path: str, key: str = "run", allow_code: bool = False) -> Entra
     record = read_finished(path, key)
     settings = run.settings()
     trust.check_trusted(settings, run.config, allow_code)
-    trained = compose.typed(OmegaConf.create(settings), TrainConfig)
+    try:
+        trained = compose.typed(OmegaConf.create(settings), TrainConfig)
+    except UserError as error:
+        text = str(error)
+        raise UserError(text if str(run.config) in text else f"{run.config}: {text}") from error
     return Entrant(record.id, str(record.path), "run", trained, dict(record.summary))
 
 
@@ -141,7 +145,7 @@ def _reason(path: str, otherwise: str) -> str:
         return otherwise
     try:
         state = run.state()
-        step = read_json(run.status).get("step") if state else None
+        step = read_record(run.status).get("step") if state else None
     except UserError as error:
         return str(error)
     if state is None:

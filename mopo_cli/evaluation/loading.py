@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from mopo_cli.base.errors import UserError
-from mopo_cli.base.files import read_json
+from mopo_cli.base.files import CHECKSUMS, damage, read_record
 from mopo_cli.base.types import PreferenceData
 from mopo_cli.config.schema import ModelConfig
 from mopo_cli.data.encoder import Encoder
@@ -26,7 +26,12 @@ from mopo_cli.runs.directory import RunDirectory
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """A UserError where what is read from `path` is torn, or was written under another config or version."""
+    """A UserError where what is read from `path` is torn, or was written under another config or version.
+
+    Where it has checksums, these are looked at first.
+    """
+    if (path / CHECKSUMS).exists() and (reason := damage(path)) is not None:
+        raise UserError(f"{path}: {reason}")
     try:
         yield
     except UserError:
@@ -52,6 +57,8 @@ def encoder_of(entrant: Entrant, model: ModelConfig) -> Encoder:
         return plain_encoder(model)
     with reading(entrant.run.model):
         tokenizer = saved_tokenizer(entrant.run.model, model.trust_remote_code)
+        if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
+            raise ValueError("its tokenizer has no end-of-text or no padding token: is tokenizer_config.json whole?")
     return Encoder(tokenizer, model.max_length, model.chat_template)
 
 
@@ -92,7 +99,7 @@ def load_run(
 
 def judged_objectives(run: RunDirectory) -> list[str]:
     """The objectives that a run's preference model judges."""
-    return list(read_json(run.preference_model / "preference_model.json").get("objectives", []))
+    return list(read_record(run.preference_model / "preference_model.json").get("objectives", []))
 
 
 def load_features(run: RunDirectory, policy: Policy) -> PreferenceFeatures:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from mopo_cli.base.console import warn
 from mopo_cli.base.files import read_lines
 from mopo_cli.base.types import Text
 from mopo_cli.config import compose, schema
 from mopo_cli.data.encoder import Encoder
+from mopo_cli.evaluation.loading import reading
 from mopo_cli.models.tokenizers import saved_tokenizer
 from mopo_cli.runs.directory import RunDirectory
 
@@ -31,6 +33,10 @@ def known_example(run: RunDirectory) -> tuple[str, str]:
     Where the data's responses start with white space, none is put between prompt and response (Encoder.prompt_text).
     """
     rows = read_lines(run.samples)[:200]
+    if not rows:
+        warn(
+            f"{run.samples}: tells no prompt, so that nobody knows the form of the data's; yours is asked as it stands"
+        )
     apart = sum(str(row.get("response", ""))[:1].isspace() for row in rows)
     return str(rows[0].get("prompt", "")) if rows else "", " x" if 2 * apart > len(rows) else "x"
 
@@ -40,7 +46,8 @@ def framed_text(run: RunDirectory, prompt: str, condition: str = "") -> str:
     from omegaconf import OmegaConf
 
     model = compose.typed(OmegaConf.create(run.settings()), schema.TrainConfig).model
-    tokenizer = saved_tokenizer(run.model, model.trust_remote_code)
+    with reading(run.model):
+        tokenizer = saved_tokenizer(run.model, model.trust_remote_code)
     encoder = Encoder(tokenizer, model.max_length, model.chat_template, condition)
     example, response = known_example(run)
     return encoder.prompt_text(in_form_of(prompt, example), response)

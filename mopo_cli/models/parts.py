@@ -73,6 +73,16 @@ def backbone_of(model: nn.Module) -> nn.Module | None:
 ADAPTER = "default"  # what PEFT calls a model's only adapter
 
 
+@torch.no_grad()
+def not_finite(model: nn.Module) -> str | None:
+    """The name of a parameter that holds NaN or infinity; None where there is none. Frozen ones are not looked at
+    where some are trained."""
+    named = [(name, p) for name, p in model.named_parameters() if p.is_floating_point()]
+    named = [(name, p) for name, p in named if p.requires_grad] or named
+    finite = torch.stack([torch.isfinite(p).all().cpu() for _, p in named]) if named else torch.ones(0)
+    return None if finite.all() else named[int(finite.int().argmin())][0]
+
+
 def inner(policy: nn.Module) -> Any:
     """The model below the wrappers of data parallelism, with its adapters."""
     while hasattr(policy, "module"):

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from mopo_cli.base.errors import UserError
+from mopo_cli.base.errors import NotFiniteError, UserError
 from mopo_cli.base.files import whole
 from mopo_cli.config.schema import ModelConfig, SamplingConfig
 from mopo_cli.data.batches import Collator
@@ -30,10 +30,11 @@ from mopo_cli.models.attention import attend_by_rows
 from mopo_cli.models.hub import check_adapter, check_weights
 from mopo_cli.models.load import load_policy
 from mopo_cli.models.logprobs import all_logps, collator_of
-from mopo_cli.models.parts import ADAPTER, inner, lora_of
+from mopo_cli.models.parts import ADAPTER, inner, lora_of, not_finite
 
 ADAPTER_FILE = "adapter_model.safetensors"
 LONG = 128  # tokens of a row, on average, from which attention to each apart beats padding; not on a GPU
+LOOKED_AT = 8  # rows that show whether a model gives numbers at all
 UNTOLD = ("architectures", "transformers_version", "use_cache", "dtype", "torch_dtype", "attn_implementation")
 
 Snapshot = dict[str, Tensor]
@@ -112,15 +113,26 @@ class Policy:
     def save(self, directory: Path) -> None:
         """Safetensors, config and tokenizer, as AutoModelForCausalLM or PEFT loads them; with LoRA the adapter alone.
 
-        Whole or absent.
+        Whole or absent. Raises NotFiniteError where weights are NaN or infinite.
         """
         model = inner(self.model)
+        if (name := not_finite(model)) is not None:
+            raise NotFiniteError(f"{directory}: not written, since weights are not finite ({name})")
         cache = model.config.use_cache
         model.config.use_cache = True
         with whole(directory) as place:
             model.save_pretrained(place, safe_serialization=True)
             self.tokenizer.save_pretrained(place)
         model.config.use_cache = cache
+
+    def check_finite(self, rows: Sequence[TokenRow], stage: str, key: str) -> None:
+        """NotFiniteError where weights, or log-probs of some rows, are NaN or infinite: the stage that trained it, and
+        the setting to lower."""
+        if not_finite(self.model) is None:
+            logps = self.logps(rows[:LOOKED_AT])
+            if all(bool(torch.isfinite(of_row).all()) for of_row in logps):
+                return
+        raise NotFiniteError(f"{stage}: the model that it left gives no finite log-probs; lower {key}")
 
     @torch.no_grad()
     def load_weights(self, directory: Path) -> None:

@@ -9,6 +9,7 @@ from accelerate.utils import set_seed
 from omegaconf import DictConfig
 
 from mopo_cli.algorithms.contract import algorithm_of
+from mopo_cli.base.errors import UserError
 from mopo_cli.base.processes import part_ways
 from mopo_cli.config.schema import TrainConfig
 from mopo_cli.evaluation.records import Models
@@ -18,7 +19,7 @@ from mopo_cli.pipeline.outcome import Outcome
 from mopo_cli.runs.directory import RunDirectory
 from mopo_cli.runs.session import quiet_libraries, recorded
 from mopo_cli.runs.tracking import check_logger
-from mopo_cli.training.checkpoints import Setting
+from mopo_cli.training.checkpoints import Setting, discard_damaged
 from mopo_cli.training.inputs import prepare_inputs
 from mopo_cli.training.preference import fit_or_load_judge
 from mopo_cli.training.reference import fit_or_load_reference
@@ -28,6 +29,12 @@ def check(config: TrainConfig) -> None:
     """Everything that can be told before data and model are loaded: UserError where they do not suit each other."""
     check_logger(config.logger, config.run.name)
     algorithm_of(config)
+    if config.model.dtype == "float16" and not config.model.lora.r:
+        raise UserError(
+            "model.dtype=float16: too narrow for weights that are trained, whose small updates and gradients round to "
+            "zero. Set model.dtype=float32 with model.mixed_precision=bf16, or train adapters, which stay in float32 "
+            "(model.lora.r=16)"
+        )
 
 
 def train(config: TrainConfig, composed: DictConfig, run: RunDirectory, accelerator: Accelerator) -> None:
@@ -41,6 +48,8 @@ def train(config: TrainConfig, composed: DictConfig, run: RunDirectory, accelera
     if check := getattr(algorithm, "check", None):
         check(inputs)
     with recorded(accelerator, config, composed, run, data) as tracker:
+        if config.run.resume:
+            discard_damaged(accelerator, run.checkpoints)
         fit_or_load_reference(config, accelerator, inputs, run.reference)
         initial = policy.snapshot()
         judge, accuracy = fit_or_load_judge(config, accelerator, inputs, run.preference_model)
@@ -49,6 +58,8 @@ def train(config: TrainConfig, composed: DictConfig, run: RunDirectory, accelera
         part_ways()
         if not accelerator.is_main_process:
             return
+        policy.check_finite(inputs.tokens["heldout"], "alignment", "optimiser.learning_rate")
+        run.check_there()
         policy.save(run.model)
         if aligned.directions is not None:
             aligned.directions.save(run.model)

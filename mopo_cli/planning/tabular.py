@@ -220,7 +220,7 @@ class TabularAlignment(PrimalDual):
     def fit(self, accelerator: Accelerator) -> None:
         optimiser = OptimiserConfig(self.config.learning_rate, warmup=1, max_grad_norm=0.0, final_fraction=0.01)
         task = Task(rows_of=lambda step: [step], loss_of=self._loss)
-        Trainer(accelerator, self.policy, optimiser, self.config.steps).fit(task, self.before_step)
+        Trainer(accelerator, self.policy, optimiser, self.config.steps, key="").fit(task, self.before_step)
 
     def win_rates(self, structure: Structure) -> np.ndarray:
         """(T, K) exact win rates of every run's policy."""

@@ -14,7 +14,7 @@ from mopo_cli.report.quality import quality
 from mopo_cli.report.theme import save
 from mopo_cli.runs.directory import RunDirectory
 from mopo_cli.runs.find import read_sweep
-from mopo_cli.runs.record import RunRecord, differing_data, objective_sets, read_run, varying_settings
+from mopo_cli.runs.record import RunRecord, differing_data, objective_sets, read_run, torn_files, varying_settings
 
 BOOTSTRAP, SAMPLES, SEED = 500, 20, 0  # of the reports that runs and sweeps end with
 
@@ -71,6 +71,7 @@ def notices(runs: Sequence[RunRecord]) -> list[str]:
         states = ", ".join(f"{count} {state}" for state, count in Counter(r.state for r in unfinished).items())
         texts.append(f"{len(unfinished)} of {len(runs)} runs have no results yet ({states}): "
                      f"{_some([run.id for run in unfinished])}.")  # fmt: skip
+    texts += [text for run in runs for text in torn_files(run)]
     for group in sets:
         if differing := differing_data(group):
             texts.append(f"Runs with {', '.join(group[0].names)} were measured on different data, as win rates are "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 from contextlib import ExitStack
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from mopo_cli.base.errors import UserError
+from mopo_cli.base.errors import RunLostError, UserError
 from mopo_cli.base.files import read_json, write_json
 from mopo_cli.base.secrets import holds_masked, masked
 from mopo_cli.base.text import flat, one_line, shown
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 ENDED = ("done", "infeasible")
 STATES = ("running", *ENDED, "failed", "interrupted")
+FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk
 WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a file system that has none
 FREE_ON_RESUME = (
     "run",
@@ -107,8 +109,10 @@ class RunDirectory:
 
     def state(self) -> str | None:
         """The state that status.json tells; None where there is no such file, UserError where it is no status."""
-        if not self.status.exists():
-            return None
+        return self.recorded_state() if self.status.exists() else None
+
+    def recorded_state(self) -> str:
+        """The state that status.json tells; UserError where there is no such file, or it is no status."""
         record = read_json(self.status)
         state = record.get("state") if isinstance(record, dict) else None
         if state not in STATES:
@@ -123,11 +127,35 @@ class RunDirectory:
             return "unknown"
 
     def set_state(self, state: str, step: int | None = None, error: str | None = None) -> None:
-        """Write status.json; the step stays what it was unless given."""
-        if step is None and self.status.exists():
+        """Write status.json; the step stays what it was unless given, and is None where the file was torn."""
+        if step is None:
+            step = self._step()
+        error = masked(error)
+        try:
+            write_json(self.status, {"state": state, "step": step, "error": error})
+        except OSError as full:
+            if full.errno not in FULL or not self.status.exists():
+                raise
+            text = json.dumps({"state": state, "step": step, "error": error and error[:500]})
+            with open(self.status, "r+", encoding="utf-8") as file:  # there is no room beside it
+                file.write(text)
+                file.truncate()
+
+    def _step(self) -> int | None:
+        try:
             record = read_json(self.status)
-            step = record.get("step") if isinstance(record, dict) else None
-        write_json(self.status, {"state": state, "step": step, "error": masked(error)})
+        except UserError:
+            return None
+        return record.get("step") if isinstance(record, dict) else None
+
+    def check_there(self, file: Path | None = None) -> None:
+        """RunLostError where the directory is gone, going by `file` (config.yaml): nobody trains on for nothing."""
+        file = file or self.config
+        if not file.exists():
+            raise RunLostError(
+                f"run.dir={self.path}: was removed or moved while its run went on ({file.name} is not there any more); "
+                "what was not written by then is lost"
+            )
 
     def settings(self) -> dict[str, Any]:
         """The resolved config that the run was started with; UserError where config.yaml is missing or broken."""
@@ -144,6 +172,8 @@ class RunDirectory:
             return with_current_names(trust.resolved(values, self.config))
         except RecursionError:
             raise UserError(f"{self.config}: holds itself by an alias (&, *)") from None
+        except (AttributeError, TypeError, ValueError, KeyError) as error:
+            raise UserError(f"{self.config}: is not the config of a run ({one_line(error)})") from None
 
     def results(self) -> dict[str, Any]:
         """What summary.json says; UserError where it is missing, torn or no summary."""

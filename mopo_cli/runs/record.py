@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from mopo_cli.base.errors import UserError
-from mopo_cli.base.files import read_json, read_lines
+from mopo_cli.base.files import read_json, read_lines, torn_line
 from mopo_cli.base.secrets import masked
 from mopo_cli.base.text import flat, shown
 from mopo_cli.base.types import primary_first
@@ -259,6 +259,24 @@ def _summary(run: RunDirectory) -> tuple[dict[str, Any], str | None]:
         return {}, str(error)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         return {}, f"{run.summary}: not the summary of a run ({type(error).__name__}: {error})"
+
+
+def torn_files(run: RunRecord) -> list[str]:
+    """What a run should have left and is missing or damaged, a sentence a file; nothing of a run that has not begun."""
+    directory, texts = RunDirectory(run.path), []
+    if not any(file.exists() for file in (directory.config, directory.status, directory.summary)):
+        return []
+    for read in (directory.settings, directory.recorded_state, *([directory.results] if run.state in ENDED else [])):
+        try:
+            read()
+        except UserError as error:
+            texts.append(str(error))
+    for file in (directory.metrics, directory.samples) if run.state in ENDED else ():
+        if not file.is_file():
+            texts.append(f"{file}: no such file")
+        elif (line := torn_line(file)) is not None or not file.stat().st_size:
+            texts.append(f"{file}:{line or 1}: not whole; what is left of it is shown")
+    return texts
 
 
 def _error(run: RunDirectory) -> str | None:

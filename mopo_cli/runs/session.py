@@ -9,7 +9,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from mopo_cli.base import invocation
 from mopo_cli.base.console import say
 from mopo_cli.base.errors import AcceleratorMemoryError, UserError
-from mopo_cli.base.files import read_json, write_atomic, write_json
+from mopo_cli.base.files import read_record, write_atomic, write_json
 from mopo_cli.base.processes import ONE_THREAD, TOKENIZERS, agree, interrupt
 from mopo_cli.base.secrets import masked, masked_command
 from mopo_cli.base.types import PreferenceData
@@ -62,7 +62,10 @@ def claim_run(accelerator: Accelerator, composed: DictConfig) -> RunDirectory:
         if not composed.run.resume:
             return run, composed.run.name
         check_same_settings(run, settings_of(composed))
-        return run, run.settings()["run"]["name"]
+        started = run.settings().get("run")
+        if not isinstance(started, dict) or not isinstance(started.get("name"), str):
+            raise UserError(f"{run.config}: has no run.name; the run may have been cut off")
+        return run, started["name"]
 
     run, composed.run.name = agree(accelerator, decide)
     return run
@@ -82,7 +85,7 @@ def recorded(
         yield tracker
     except (KeyboardInterrupt, SystemExit):  # a cluster's time limit ends a job by SystemExit
         if main:
-            run.set_state("interrupted")
+            _end(run, "interrupted")
             if invocation.arguments()[:1] == ("train",):
                 say(f"interrupted; go on with: {resume_command(run, invocation.arguments()[1:])}")
         raise
@@ -92,11 +95,11 @@ def recorded(
             f"(now {config.sampling.batch_size}) or token_budget (now {config.token_budget or 8192})"
         )
         if main:
-            run.set_state("failed", error=text)
+            _end(run, "failed", text)
         raise AcceleratorMemoryError(text) from error
     except BaseException as error:
         if main:
-            run.set_state("failed", error=f"{type(error).__name__}: {error}")
+            _end(run, "failed", f"{type(error).__name__}: {error}")
         raise
     finally:
         if tracker is not None:
@@ -105,16 +108,33 @@ def recorded(
             lock.close()
 
 
+def _end(run: RunDirectory, state: str, error: str | None = None) -> None:
+    """Writes how a run broke off. Where even that fails, the failure before is what is told; no directory is made."""
+    with suppress(OSError):
+        run.set_state(state, error=error)
+
+
 def _open(run: RunDirectory, composed: DictConfig, data: PreferenceData) -> ExitStack:
     lock = open_run(run)
     current = fingerprint(data)
-    if composed.run.resume and run.provenance.exists() and read_json(run.provenance).get("fingerprint") != current:
+    try:
+        if composed.run.resume:
+            _check_same_data(run, current)
+    except UserError:
         lock.close()
-        raise UserError(f"run.resume=true: the data have changed since the run in run.dir={run.path} was started")
+        raise
     write_atomic(run.config, compose.to_yaml(composed))
     write_json(run.provenance, {**masked(data.provenance), "fingerprint": current})
     run.set_state("running", step=None if composed.run.resume else 0)
     return lock
+
+
+def _check_same_data(run: RunDirectory, current: str) -> None:
+    """UserError where a run would go on with other data; a run of which nothing tells them is believed."""
+    if not run.provenance.exists():
+        return
+    if read_record(run.provenance).get("fingerprint") != current:
+        raise UserError(f"run.resume=true: the data have changed since the run in run.dir={run.path} was started")
 
 
 def fingerprint(data: PreferenceData) -> str:

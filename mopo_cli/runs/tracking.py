@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from mopo_cli.base.console import warn
 from mopo_cli.base.errors import UserError
-from mopo_cli.base.files import read_lines, write_atomic
+from mopo_cli.base.files import write_atomic
 from mopo_cli.base.secrets import masked
 from mopo_cli.base.text import finite, first_line, flat
 from mopo_cli.config.schema import LoggerConfig
@@ -95,7 +96,7 @@ class Tracker:
         kind: str = "train",  # or "sweep": the summary of one, which has no steps
     ):
         self.history: list[dict[str, Any]] = []
-        self.path = run.metrics
+        self.run, self.path = run, run.metrics
         self.file = open(self.path, "a", encoding="utf-8") if active and kind == "train" else None  # noqa: SIM115 (closed in `finish`)
         wanted = active and logger.name == "wandb"
         self.wandb = _start_wandb(run, logger, config, name, resumed, kind) if wanted else None
@@ -103,11 +104,12 @@ class Tracker:
     def rewind(self, step: int) -> None:
         """Forget lines after `step`, which a run that goes on from there writes again, and a line that was cut off.
 
-        W&B's run is new after an interruption, so it gets the lines that stay: its curves are whole.
+        A line without a step is left out, with a warning. W&B's run is new after an interruption, so it gets the lines
+        that stay: its curves are whole.
         """
         if self.file is None:
             return
-        self.history = [record for record in read_lines(self.path) if record["step"] <= step]
+        self.history = [record for record in _numbered(self.path) if record["step"] <= step]
         self._rewrite()
         for record in self.history:
             self._mirror(record)
@@ -115,15 +117,17 @@ class Tracker:
     def _rewrite(self) -> None:
         if self.file is None:
             return
+        self.run.check_there(self.path)
         self.file.close()
         write_atomic(self.path, "".join(json.dumps(record) + "\n" for record in self.history))
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
 
     def log(self, step: int, **numbers: Any) -> None:
-        """One line of metrics; nested names use a slash (`dual/harmless`)."""
+        """One line of metrics; nested names use a slash (`dual/harmless`). RunLostError where its file is gone."""
         record = {"step": step, **finite(numbers)}
         self.history.append(record)
         if self.file is not None:
+            self.run.check_there(self.path)
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
         self._mirror(record)
@@ -164,7 +168,8 @@ class Tracker:
     def finish(self, failed: bool = False) -> str | None:
         """Close everything, once; returns the line that uploads what did not get through, if there is such."""
         if self.file is not None:
-            self.file.close()
+            with suppress(OSError):  # each line is written when it is logged; of one that failed, on a full disk, the
+                self.file.close()  # rest would be tried again
         if self.wandb is None:
             return None
         run, self.wandb = self.wandb, None
@@ -175,6 +180,24 @@ class Tracker:
             warn(f"W&B: {first_line(error)}")
             upload = True
         return f"wandb sync {directory}" if upload else None
+
+
+def _numbered(path: Path) -> list[dict[str, Any]]:
+    """The lines that tell their step; a warning where another is damaged, but for a last one that was cut off."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    records, damaged = [], []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            record = None
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            records.append(record)
+        elif record is not None or number < len(lines):
+            damaged.append(number)
+    if damaged:
+        warn(f"{path}:{damaged[0]}: a line without a step; left out, with {len(damaged) - 1} more")
+    return records
 
 
 def _start_wandb(

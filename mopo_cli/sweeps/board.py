@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mopo_cli.base.console import clock, console, say, show
-from mopo_cli.base.files import read_json
+from mopo_cli.base.files import read_record
 from mopo_cli.base.text import one_line
 from mopo_cli.runs.directory import RunDirectory, locked
 from mopo_cli.runs.record import RunFiles, RunRecord
@@ -303,5 +303,5 @@ def _next(record: RunRecord, retry: str) -> str:
         return "anew" if record.state != "waiting" else "starts"
     if stays(record, retry):
         return "stays"
-    step = read_json(run.status).get("step") if run.config.exists() and run.status.exists() else None
+    step = read_record(run.status).get("step") if run.config.exists() and run.status.exists() else None
     return f"goes on from step {step}" if step else "starts"

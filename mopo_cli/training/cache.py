@@ -3,13 +3,12 @@ weights and settings."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,12 +17,15 @@ import tokenizers
 import torch
 import transformers
 from accelerate import Accelerator
+from filelock import FileLock
 from torch import Tensor
 
 from mopo_cli import __version__
 from mopo_cli.base.console import say, warn
-from mopo_cli.base.files import whole
+from mopo_cli.base.errors import NotFiniteError, UserError
+from mopo_cli.base.files import CHECKSUMS, damage, seal, whole
 from mopo_cli.base.processes import agree
+from mopo_cli.base.text import first_line
 from mopo_cli.base.types import Example
 from mopo_cli.data.encoder import Encoder
 from mopo_cli.data.table import TokenRow, TokenTable
@@ -38,8 +40,17 @@ def kept_logps(
 ) -> list[Tensor]:
     """(G,) log-probs of each row's responses under a policy as it is: from an earlier run, else computed and kept.
 
-    Without an accelerator this process works for itself.
+    Without an accelerator this process works for itself. Raises NotFiniteError where one is NaN or infinite.
     """
+
+    def fit() -> list[Tensor]:
+        logps = policy.logps(rows)
+        if not all(bool(torch.isfinite(of_row).all()) for of_row in logps):
+            raise NotFiniteError(
+                "log-probs of the data's responses are not finite under the model as it is: its weights are out of "
+                "bounds (lower the learning rate that they were trained with), or model.dtype is too narrow for them"
+            )
+        return logps
 
     def save(logps: list[Tensor], path: Path) -> None:
         with whole(path) as place:
@@ -52,7 +63,7 @@ def kept_logps(
     def key() -> str:
         return key_of("logps", policy.digest(), _rows_hash(rows))
 
-    return kept(accelerator, root, key, lambda: policy.logps(rows), save, load)
+    return kept(accelerator, root, key, fit, save, load)
 
 
 def _rows_hash(rows: Sequence[TokenRow]) -> str:
@@ -72,9 +83,13 @@ def key_of(kind: str, *parts: object) -> str:
 def _held(root: Path, key: str) -> Iterator[None]:
     """Holds root/key: whoever comes second waits, and finds what the first has left."""
     root.mkdir(parents=True, exist_ok=True)
-    with open(root / f".{key}.lock", "w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = FileLock(root / f".{key}.lock", thread_local=False)
+    with suppress(NotImplementedError):  # a file system without locks
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def encoded(root: str | None, encoder: Encoder, examples: Sequence[Example]) -> TokenTable:
@@ -88,10 +103,10 @@ def encoded(root: str | None, encoder: Encoder, examples: Sequence[Example]) -> 
     path = Path(root).expanduser() / tokens_key(encoder, examples)
     try:
         with _held(path.parent, path.name):
-            if not path.is_dir():
-                encoder.table(examples).save(path)
-            else:
+            if _intact(path):
                 say(f"tokens: from {path}")
+            else:
+                _leave(encoder.table(examples).save, path)
         return TokenTable.load(path)
     except OSError as error:
         warn(f"cache={root}: encoded rows cannot be kept there ({error.strerror or error})")
@@ -120,28 +135,65 @@ def kept(
 ) -> T:
     """A stage's result: loaded from the run's `own` directory or from root/key, else fitted anew and left in both.
 
-    `save` writes a whole directory or none. The run gets links to the cache's files, so it stays whole if the cache
-    goes.
+    `save` writes a whole directory or none. Both places have checksums: what is torn is thrown away and fitted anew.
+    The run gets links to the cache's files, so it stays whole if the cache goes; nothing is written into either, only
+    in its place.
     """
-    if own is not None and own.is_dir():
-        return load(own)
+
+    def there(place: Path, old: bool = False) -> bool:
+        return _intact(place, old) if accelerator is None else agree(accelerator, lambda: _intact(place, old))
+
+    if own is not None and there(own, old=True):
+        return _loaded(load, own)
     main = accelerator is None or accelerator.is_main_process
     if root is None:
         result = fit()
         if own is not None and main:
-            save(result, own)
+            _leave(lambda place: save(result, place), own)
         return result
     path = Path(root).expanduser() / key()
     with _held(path.parent, path.name) if main else nullcontext():
-        if path.is_dir() if accelerator is None else agree(accelerator, path.is_dir):
-            result = load(path)
+        if there(path):
+            result = _loaded(load, path)
         else:
             result = fit()
             if main:
-                save(result, path)
+                _leave(lambda place: save(result, place), path)
     if own is not None and main:
         _link(path, own)
     return result
+
+
+def _intact(path: Path, old: bool = False) -> bool:
+    """Whether a result is there, as it was written; one that is damaged is thrown away, with a warning.
+
+    old: also one without checksums, as version 0.1 left them in runs.
+    """
+    if not path.is_dir() or (old and not (path / CHECKSUMS).exists()):
+        return path.is_dir()
+    if (reason := damage(path)) is None:
+        return True
+    warn(f"{path}: {reason}; it is thrown away, and made anew")
+    shutil.rmtree(path)
+    return False
+
+
+def _loaded(load: Callable[[Path], T], path: Path) -> T:
+    """UserError where it cannot be read: whole by its checksums, or without any."""
+    try:
+        return load(path)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of safetensors, torch, peft or transformers
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{path}: cannot be read ({reason}); remove it, and it is made anew") from error
+
+
+def _leave(save: Callable[[Path], None], path: Path) -> None:
+    """What `save` writes, with its checksums; whole or absent."""
+    with whole(path) as place:
+        save(place)
+        seal(place)
 
 
 def _link(source: Path, target: Path) -> None:

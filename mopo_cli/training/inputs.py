@@ -69,6 +69,11 @@ def _say_notes(config: TrainConfig, inputs: Inputs) -> None:
             f"optimiser.learning_rate={config.optimiser.learning_rate:g} suits a small model from scratch; full "
             "fine-tuning of a pretrained one wants about 1e-5: use hparams=pretrained"
         )
+    if config.model.dtype == "bfloat16" and not config.model.lora.r:
+        warn(
+            "model.dtype=bfloat16: weights with 8 bits of precision lose most small updates; model.dtype=float32 with "
+            "model.mixed_precision=bf16 keeps them, and is as fast"
+        )
     if not inputs.policy.collate.packed:
         name = config.model.name or config.model.path
         say(f"{name}: its attention takes no packed mask; each response is encoded behind a prompt of its own")

@@ -10,11 +10,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from mopo_cli.base.errors import AcceleratorMemoryError
+from mopo_cli.base.console import stage_name
+from mopo_cli.base.errors import AcceleratorMemoryError, NotFiniteError
 from mopo_cli.config.schema import OptimiserConfig
 from mopo_cli.data.batches import under_budget
+from mopo_cli.models.parts import not_finite
 
 Rows = list[int]  # row numbers
+LIMIT = 10  # steps left out in a row, or half of few, after which a stage fails: a bad row comes once, bad weights stay
+NAMED = 8  # rows that a message names
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +26,7 @@ class Progressed:
     """What `fit` tells after a step. `loss` stays on the device until somebody reads it."""
 
     step: int  # steps done
-    loss: Tensor
+    loss: Tensor  # of all its rows, whichever process had them
     learning_rate: float
 
 
@@ -60,6 +64,7 @@ class Task:
     loss_of: Callable[[Rows], Tensor]  # summed, with gradient
     weight_of: Callable[[Rows], float] = len  # what the sum is divided by
     length_of: Callable[[int], int] | None = None  # tokens of a row
+    source_of: Callable[[int], str] = str  # a row as a message names it
 
 
 def joined(first: Task, second: Task, size: int) -> Task:
@@ -81,11 +86,15 @@ def joined(first: Task, second: Task, size: int) -> Task:
     def length_of(row: int) -> int:
         return first.length_of(row) if row < size else second.length_of(row - size)  # type: ignore[misc]
 
+    def source_of(row: int) -> str:
+        return first.source_of(row) if row < size else second.source_of(row - size)
+
     return Task(
         rows_of=lambda step: [*first.rows_of(step), *(size + i for i in second.rows_of(step))],
         loss_of=loss_of,
         weight_of=weight_of,
         length_of=length_of if first.length_of else None,
+        source_of=source_of,
     )
 
 
@@ -93,7 +102,8 @@ class Trainer:
     """A model with its optimiser under Accelerate, stepping through the rows of a task.
 
     A process's rows of a step go through the model in `accumulation` parts, none above `budget` tokens unless it is a
-    single row.
+    single row. A step whose loss or gradient is not finite changes nothing and is counted in `skipped`. `key` is where
+    the config has the optimiser.
     """
 
     def __init__(
@@ -104,12 +114,17 @@ class Trainer:
         steps: int,
         accumulation: int = 1,
         budget: int | None = None,
+        key: str = "optimiser.",
     ):
         self.accelerator, self.config, self.steps = accelerator, config, steps
-        self.accumulation, self.budget = accumulation, budget
+        self.accumulation, self.budget, self.key = accumulation, budget, key
         optimiser, schedule = build_optimiser(model, config, steps)
+        self._adamw = optimiser
         self.model = accelerator.prepare_model(model, evaluation_mode=True)  # no wrapper: see average_gradients
         self.optimiser, self.schedule = accelerator.prepare(optimiser, schedule)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=accelerator.device)  # steps that were left out
+        self._in_a_row = torch.zeros_like(self.skipped)
+        self._limit = min(LIMIT, max(1, steps // 2))
 
     def fit(
         self,
@@ -120,25 +135,74 @@ class Trainer:
     ) -> None:
         """Run steps start .. steps - 1, or until `after_step` returns True.
 
-        Raises AcceleratorMemoryError where a step does not fit the accelerator, with the setting that does.
+        Raises AcceleratorMemoryError where a step does not fit the accelerator, with the setting that does, and
+        NotFiniteError where too many steps in a row were left out, or weights are not finite in the end.
         """
         for step in range(start, self.steps):
             if before_step is not None:
                 before_step(step)
             self.model.train()
-            loss = self._descend(task, step)
+            loss = averaged(self.accelerator, self._descend(task, step))
             average_gradients(self.accelerator, self.model)
-            if self.config.max_grad_norm:
-                self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
             rate = self.optimiser.param_groups[0]["lr"]
-            self.optimiser.step()
+            self._update(torch.isfinite(loss) & torch.isfinite(self._clip()))
             self.schedule.step()
             self.optimiser.zero_grad()
+            if self.skipped.device.type == "cpu" or (step + 1) % self._limit == 0 or step + 1 == self.steps:
+                self._check_going_on(task, step)  # not at each step, which would wait for the device
             if after_step is not None and after_step(Progressed(step + 1, loss, rate)):
-                return
+                break
+        self.check_weights()
+
+    def _clip(self) -> Tensor:
+        """The norm of the gradients, which are scaled down to the limit where there is one."""
+        if self.config.max_grad_norm:
+            return self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)  # type: ignore
+        return nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+
+    def _update(self, finite: Tensor) -> None:
+        """The optimiser's step where loss and gradient are finite, which all processes see alike: both are averages.
+
+        AdamW's one kernel for all parameters looks at found_inf by itself, so that nobody waits for the device.
+        """
+        bad = ~finite
+        self.skipped += bad
+        self._in_a_row.add_(1).mul_(bad)
+        if self.config.fused:
+            self._adamw.found_inf = bad.float()  # type: ignore[attr-defined]
+            self.optimiser.step()
+        elif not bad:
+            self.optimiser.step()
+
+    @property
+    def sound(self) -> bool:
+        """Whether the last step had a finite loss and gradient: else nobody should go on from its weights."""
+        return int(self._in_a_row) == 0
+
+    def _check_going_on(self, task: Task, step: int) -> None:
+        if int(self._in_a_row) < self._limit:
+            return
+        rows = task.rows_of(step)
+        more = f" and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
+        raise NotFiniteError(
+            f"{stage_name()}: step {step + 1}: loss or gradient was not finite in {int(self._in_a_row)} steps in a "
+            f"row, the last on rows {', '.join(map(task.source_of, rows[:NAMED]))}{more}; {self._advice()}"
+        )
+
+    def check_weights(self) -> None:
+        """NotFiniteError where a weight is NaN or infinite: nothing would mend it."""
+        if (name := not_finite(self.model)) is not None:
+            raise NotFiniteError(f"{stage_name()}: the weights are not finite any more ({name}); {self._advice()}")
+
+    def _advice(self) -> str:
+        config = self.config
+        return (
+            f"lower {self.key}learning_rate (now {config.learning_rate:g}), or raise {self.key}warmup (now "
+            f"{config.warmup})"
+        )
 
     def _descend(self, task: Task, step: int) -> Tensor:
-        """Gradients of the step's mean loss on this process's rows, which average to the step's over processes."""
+        """This process's share of the step's loss and gradients, which are the mean of all processes' shares."""
         rows = task.rows_of(step)
         own = rows[self.accelerator.process_index :: self.accelerator.num_processes]
         weight = task.weight_of(rows) / self.accelerator.num_processes
@@ -184,6 +248,23 @@ class Trainer:
             "model.mixed_precision=bf16 or model.lora.r=16, or leave long rows out by a smaller model.max_length with "
             "dataset.overlong=drop"
         )
+
+
+def averaged(accelerator: Accelerator, value: Tensor) -> Tensor:
+    """The mean of all processes' values."""
+    if accelerator.num_processes > 1:
+        from torch import distributed
+
+        distributed.all_reduce(value)
+        value /= accelerator.num_processes
+    return value
+
+
+def anyone(accelerator: Accelerator, answer: bool) -> bool:
+    """Whether a process says yes; all must ask."""
+    if accelerator.num_processes == 1:
+        return answer
+    return bool(averaged(accelerator, torch.tensor(float(answer), device=accelerator.device)))
 
 
 def average_gradients(accelerator: Accelerator, model: nn.Module) -> None:

@@ -13,7 +13,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from mopo_cli.base.console import Progress, say, stage
+from mopo_cli.base.console import Progress, say, stage, stage_name
+from mopo_cli.base.errors import NotFiniteError
 from mopo_cli.base.types import Example
 from mopo_cli.config.schema import PreferenceModelConfig, TrainConfig
 from mopo_cli.data.batches import Collator, TokenBatch, batch_rows
@@ -114,7 +115,13 @@ def labelled_task(
     def known(numbers: list[int]) -> int:
         return max(1, sum(not math.isnan(label) for i in numbers for row in examples[i].labels for label in row))
 
-    return Task(rows_of=rows_of, loss_of=loss_of, weight_of=known, length_of=lambda i: row_length(rows[i]))
+    return Task(
+        rows_of=rows_of,
+        loss_of=loss_of,
+        weight_of=known,
+        length_of=lambda i: row_length(rows[i]),
+        source_of=lambda i: examples[i].source or str(i),
+    )
 
 
 def train_preference_model(
@@ -130,7 +137,8 @@ def train_preference_model(
 
     Returns the held-out accuracy of each objective, over labels that are not ties.
     """
-    trainer = Trainer(accelerator, model, config.optimiser, config.steps, budget=collate.budget)
+    key = "preference_model.optimiser."
+    trainer = Trainer(accelerator, model, config.optimiser, config.steps, budget=collate.budget, key=key)
     glance = heldout[0][:JUDGED], heldout[1][:JUDGED]
     best: tuple[float, dict[str, Tensor]] = (math.inf, {})
 
@@ -146,6 +154,11 @@ def train_preference_model(
 
     trainer.fit(task, after_step=after_step)
     accelerator.free_memory()
+    if not best[1]:
+        raise NotFiniteError(
+            f"{stage_name()}: its loss on held-out rows was never finite; lower {key}learning_rate (now "
+            f"{config.optimiser.learning_rate:g})"
+        )
     model.load_state_dict(best[1])
     logits, labels = heldout_logits(model, *heldout, collate)
     model.eval()

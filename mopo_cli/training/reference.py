@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,12 +29,14 @@ def fit_or_load_reference(
     """SFT of inputs.policy on the data's responses, or what an earlier attempt or another run has left (cache.py)."""
     if not config.sft.steps:
         return
-    policy, rows = inputs.policy, inputs.tokens["train"]
+    policy, rows, examples = inputs.policy, inputs.tokens["train"], inputs.examples["train"]
     settings = replace(config.sft, steps=limited_steps(config.sft, len(rows)))
 
     def fit() -> None:
         with stage("reference (SFT)", settings.steps) as progress:
-            fit_reference(accelerator, policy, rows, settings, config.seed, progress)
+            sources = [example.source or str(number) for number, example in enumerate(examples)]
+            fit_reference(accelerator, policy, rows, settings, config.seed, progress, sources.__getitem__)
+            policy.check_finite(inputs.tokens["heldout"], "reference (SFT)", "sft.optimiser.learning_rate")
 
     def load(path: Path) -> None:
         policy.load_weights(path)
@@ -56,12 +58,14 @@ def fit_reference(
     config: SftConfig,
     seed: int,
     stage: Progress,
+    source_of: Callable[[int], str] = str,
 ) -> float:
     """SFT on every response of the data, so that the policy imitates mu. Returns the last loss, nats a token.
 
     The loss is a mean over tokens of the batch, so each response weighs as in log mu(y|x), not by its length.
     """
-    trainer = Trainer(accelerator, policy.model, config.optimiser, config.steps, budget=policy.collate.budget)
+    budget = policy.collate.budget
+    trainer = Trainer(accelerator, policy.model, config.optimiser, config.steps, budget=budget, key="sft.optimiser.")
     size = config.batch_size * accelerator.num_processes
     last = math.nan
 
@@ -74,6 +78,7 @@ def fit_reference(
         loss_of=loss_of,
         weight_of=lambda numbers: sum(len(response) for i in numbers for response in rows[i].responses),
         length_of=lambda i: row_length(rows[i]),
+        source_of=source_of,
     )
 
     def after_step(progressed: Progressed) -> None:

@@ -4,56 +4,89 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
-from mopo_cli.base.console import say
+from mopo_cli.base.console import say, warn
 from mopo_cli.base.console import stage as shown_stage
 from mopo_cli.base.files import read_json, whole, write_json
+from mopo_cli.base.processes import deferred_interrupts, gathered
 from mopo_cli.config.schema import OptimiserConfig
 from mopo_cli.data.batches import batch_rows
 from mopo_cli.training import keys
 from mopo_cli.training.cache import kept
 from mopo_cli.training.checkpoints import Setting, Stage, Work, restored, save_checkpoint
-from mopo_cli.training.loop import Progressed, Task, Trainer
+from mopo_cli.training.loop import Progressed, Task, Trainer, anyone
 
 
 def run_stage(setting: Setting, stage: Stage, title: str, first: int = 0) -> None:
     """All steps of a stage, from its last checkpoint where the run goes on; its first step is the run's step `first`.
 
-    Each checkpoint is written whole and takes the place of the one before.
+    Each checkpoint is written whole. SIGINT or SIGTERM ends the run after the step that is going on, with a checkpoint;
+    the second one at once.
     """
     config, tracker = setting.config, setting.tracker
     steps = stage.trainer.steps
     start = restored(setting, stage, first)
     tracker.rewind(first + start)
     stage.prepare(start)
-    with shown_stage(title, steps, start) as progress:
+    with shown_stage(title, steps, start) as progress, deferred_interrupts() as interrupted:
 
         def after_step(progressed: Progressed) -> bool:
             stage.after_step(progressed)
             step, last = progressed.step, progressed.step == steps or stage.ended
             if step % config.log_every == 0 or last:
-                tracker.log(first + step, **stage.metrics(progressed))
+                tracker.log(first + step, **stage.metrics(progressed), skipped=int(stage.trainer.skipped))
                 progress.advance(step, loss=float(progressed.loss), **stage.shown())
-            if step % config.checkpoint_every == 0 and not last:
+            stop = anyone(setting.accelerator, interrupted())
+            if (step % config.checkpoint_every == 0 or stop) and not last and stage.trainer.sound:
                 save_checkpoint(setting, stage, first, step)
+            if stop:
+                raise KeyboardInterrupt
             if first + step == config.debug.fail_at_step:
                 raise RuntimeError(f"debug.fail_at_step={first + step}: this run was asked to fail here")
             return last
 
         stage.trainer.fit(stage.task(), stage.before_step, after_step, start)
+    if skipped := int(stage.trainer.skipped):
+        warn(f"{title}: {skipped} of {steps} steps changed nothing, since their loss or gradient was not finite")
 
 
 # --------------------------------------------------------------------------------------------- a stage without state
+class Notes:
+    """What the loss of a step notes on the way, of all its micro-batches and processes; read at logging steps only."""
+
+    def __init__(self) -> None:
+        self._parts: list[Callable[[], dict[str, Tensor]]] = []
+
+    def begin(self) -> None:
+        """Of a new step."""
+        self._parts.clear()
+
+    def add(self, part: Callable[[], dict[str, Tensor]]) -> None:
+        """Of a micro-batch: what gives (n,) values of each name, where somebody reads them."""
+        self._parts.append(part)
+
+    def means(self) -> dict[str, float]:
+        """The mean of all values of each name; every process must ask."""
+        own = [{name: values.cpu() for name, values in part().items()} for part in self._parts]
+        values: dict[str, list[Tensor]] = {}
+        for part in chain.from_iterable(gathered(own)):
+            for name, some in part.items():
+                values.setdefault(name, []).append(some)
+        return {name: float(torch.cat(some).mean()) for name, some in values.items()}
+
+
 class Descent:
     """Steps whose rows and losses depend on (seed, step) alone, so that model and optimiser are all there is to keep.
 
-    `pairs_of` counts the comparisons of a step's rows, for the record. `notes` gives what the loss has noted of the
-    last batch: tensors, which are read at logging steps only.
+    `pairs_of` counts the comparisons of a step's rows, for the record. `notes` is where the loss notes what is worth a
+    line of metrics.jsonl.
     """
 
     ended = False
@@ -64,7 +97,7 @@ class Descent:
         task: Task,
         work: Work,
         pairs_of: Callable[[list[int]], int],
-        notes: Callable[[], dict[str, Tensor]],
+        notes: Notes,
     ):
         self.trainer, self.work, self.pairs_of, self.notes = trainer, work, pairs_of, notes
         self._task = task
@@ -77,7 +110,7 @@ class Descent:
         return self._task
 
     def before_step(self, step: int) -> None:
-        pass
+        self.notes.begin()
 
     def after_step(self, progressed: Progressed) -> None:
         rows = self._task.rows_of(progressed.step - 1)
@@ -92,7 +125,7 @@ class Descent:
             "learning_rate": progressed.learning_rate,
             "pairs_per_second": (self.work.pairs - self._pairs) / seconds,
             "tokens_per_second": (self.work.tokens - self._tokens) / seconds,
-            **{name: float(value) for name, value in self.notes().items()},
+            **self.notes.means(),
         }
 
     def shown(self) -> dict[str, float]:
@@ -114,7 +147,7 @@ def descend(
     steps: int,
     optimiser: OptimiserConfig | None = None,
     pairs_of: Callable[[list[int]], int] = len,
-    notes: Callable[[], dict[str, Tensor]] = dict,
+    notes: Notes | None = None,
     first: int = 0,
 ) -> nn.Module:
     """`steps` updates of setting.inputs.policy on a task; what they cost is added to `work`. Returns the policy.
@@ -130,7 +163,7 @@ def descend(
         config.gradient_accumulation,
         config.token_budget,
     )
-    run_stage(setting, Descent(trainer, task, work, pairs_of, notes), title, first)
+    run_stage(setting, Descent(trainer, task, work, pairs_of, notes or Notes()), title, first)
     setting.accelerator.free_memory()
     return trainer.model
 
@@ -152,6 +185,11 @@ def kept_policy(
     def key() -> str:
         return keys.policy_key(config, setting.inputs, setting.judge, name, about)
 
+    def fitted() -> dict[str, Any]:
+        result = fit()
+        policy.check_finite(setting.inputs.tokens["heldout"], name, "optimiser.learning_rate")
+        return result
+
     def save(result: dict[str, Any], path: Path) -> None:
         with whole(path) as place:
             policy.save(place / "model")
@@ -171,7 +209,7 @@ def kept_policy(
         return record["found"]
 
     own.parent.mkdir(parents=True, exist_ok=True)
-    result = kept(accelerator, config.cache, key, fit, save, load, own)
+    result = kept(accelerator, config.cache, key, fitted, save, load, own)
     if reused and accelerator.is_main_process:
         (own / "reused").touch()  # a run that goes on from here has not paid for it either
     return result

@@ -18,7 +18,7 @@ from running import TINY, Finished, cache_of, read_json, read_metrics, results, 
 from torch import Tensor
 
 from mopo_cli.algorithms.mopo.core import regression_loss
-from mopo_cli.algorithms.pairwise.batches import PairLogps, batch_notes, label_weights, pair_table, weighted_labels
+from mopo_cli.algorithms.pairwise.batches import PairLogps, label_weights, pair_notes, pair_table, weighted_labels
 from mopo_cli.algorithms.pairwise.dpo import LOSSES, Dpo, log_ratio_difference, pair_loss
 from mopo_cli.algorithms.pairwise.sft import Sft
 from mopo_cli.base.errors import UserError
@@ -27,6 +27,7 @@ from mopo_cli.config.checks import normalised_weights
 from mopo_cli.data.table import TokenRow
 from mopo_cli.maths.estimates import against_all, leave_one_out, scalarise
 from mopo_cli.planning.policy import TabularPolicy
+from mopo_cli.training.stage import Notes
 
 Run = Callable[..., Finished]
 NAN = math.nan
@@ -345,12 +346,13 @@ class TestPairTable:
         assert table.sums(torch.tensor([1.0, 2.0, 4.0])).tolist() == [3.0, 4.0]
 
     def test_what_is_noted_of_a_batch(self):
-        notes = batch_notes(self.table(1.0, 0.0, rows=(0, 1)).of([0, 1], torch.tensor([-1.0, -2.0, -3.0, -4.0, -9.0])))
-        assert float(notes["preferred_logp"]) == (-1 - 4) / 2  # the tie counts for nothing
-        assert float(notes["other_logp"]) == (-3 - 9) / 2
-        assert float(notes["accuracy"]) == 1.0
-        undecided = pairs_of(torch.zeros(1, 2), torch.full((1, 2), 0.5), torch.ones(2))
-        assert all(math.isnan(float(value)) for value in batch_notes(undecided).values())
+        notes = pair_notes(self.table(1.0, 0.0, rows=(0, 1)).of([0, 1], torch.tensor([-1.0, -2.0, -3.0, -4.0, -9.0])))
+        assert sorted(notes["preferred_logp"].tolist()) == [-4.0, -1.0]  # the tie counts for nothing
+        assert sorted(notes["other_logp"].tolist()) == [-9.0, -3.0]
+        assert notes["accuracy"].tolist() == [1.0, 1.0]
+        undecided = Notes()
+        undecided.add(lambda: pair_notes(pairs_of(torch.zeros(1, 2), torch.full((1, 2), 0.5), torch.ones(2))))
+        assert all(math.isnan(value) for value in undecided.means().values())
 
 
 # --------------------------------------------------------------------------------------------- whole runs

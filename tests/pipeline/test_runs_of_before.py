@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from running import Finished
+from running import OF_BEFORE, Finished, runs_of_before
 from safetensors.torch import load_file
 
-ARCHIVE = Path(__file__).parents[1] / "fixtures" / "before_the_move.tar.xz"
-SETTINGS = (
-    "hparams=smoke", "logger=none", "seed=3", "cache=null", "steps=10", "checkpoint_every=5", "sft.steps=4",
-    "preference_model.steps=4", "preference_model.evaluate_every=4", "sampling.max_new_tokens=8",
-    "evaluation.prompts=8", "evaluation.exact_prompts=4", "evaluation.bootstrap=20", "dataset.rows=300",
-    "model.architecture.hidden_size=8", "model.architecture.intermediate_size=16",
-    "model.architecture.num_hidden_layers=1", "model.tokenizer.vocab_size=300",
-)  # fmt: skip
 Run = Callable[..., Finished]
 
 
 @pytest.fixture
 def runs(here: Path) -> Path:
-    with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(here, filter="data")
-    return here / "before_the_move"
+    return runs_of_before(here)
 
 
 @pytest.mark.parametrize("algorithm", ["mopo", "dpo"])
 def test_a_run_that_was_cut_off_goes_on_and_ends_where_it_would_have(runs: Path, run_here: Run, algorithm: str):
-    done = run_here("train", *SETTINGS, f"algorithm={algorithm}", f"run.dir={runs / algorithm}", "run.resume=true")
+    done = run_here("train", *OF_BEFORE, f"algorithm={algorithm}", f"run.dir={runs / algorithm}", "run.resume=true")
     assert done.status == 0, done.err
     ended, wanted = (
         load_file(path)

@@ -205,7 +205,7 @@ class TestSeveralProcesses:
         done = subprocess.run(
             launcher + arguments,
             cwd=here,
-            env=environment(ACCELERATE_USE_CPU="true"),
+            env=environment(),
             capture_output=True,
             text=True,
             timeout=TIMEOUT,
@@ -225,6 +225,8 @@ class TestSeveralProcesses:
         two, one = results(run), results(here / "one")
         assert [line["step"] for line in two[1]] == [line["step"] for line in one[1]]
         assert [line["learning_rate"] for line in two[1]] == [line["learning_rate"] for line in one[1]]
+        losses = ([line["loss"] for line in some[1]] for some in (two, one))
+        assert next(losses)[:2] == pytest.approx(next(losses)[:2], rel=1e-3)  # not of the first process's rows alone
         for name, value in one[0]["oracle"]["win_rate"].items():
             assert two[0]["oracle"]["win_rate"][name] == pytest.approx(value, abs=0.01)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from running import mopo, read_json
 
+from mopo_cli.base.errors import NotFiniteError
 from mopo_cli.config import compose
 from mopo_cli.config.schema import RecipeConfig, SyntheticConfig
 from mopo_cli.planning.structures import Structure, read_structure
@@ -46,6 +47,13 @@ def run(settings: SyntheticConfig, name: str, objectives: int, **parts: str) -> 
         replace(settings, recipes=[only], betas=[]), problem(settings, name, objectives), recipe.preferences
     )
     return found
+
+
+def test_numbers_that_are_not_finite_end_it(settings: SyntheticConfig):
+    with pytest.raises(
+        NotFiniteError, match=r"not finite in 10 steps in a row, .*; lower learning_rate \(now 1e\+308\)"
+    ):
+        run(replace(settings, learning_rate=1e308), "inconsistent", 2)
 
 
 class TestEvidence:

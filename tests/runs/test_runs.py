@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -15,9 +16,10 @@ import pytest
 from omegaconf import OmegaConf
 from running import Finished, environment, read_json, read_metrics
 
+from mopo_cli.base import files
 from mopo_cli.base.errors import UserError
+from mopo_cli.base.files import damage, read_lines, read_record, seal, torn_line, write_atomic, write_json
 from mopo_cli.base.files import read_json as read_checked
-from mopo_cli.base.files import read_lines, write_atomic, write_json
 from mopo_cli.config import compose, schema
 from mopo_cli.runs.directory import STATES, RunDirectory, check_same_settings, claim, open_run
 
@@ -69,6 +71,32 @@ class TestFiles:
         assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 5}, {"step": 10}]
         assert read_lines(tmp_path / "none.jsonl") == []
 
+    def test_a_record_is_an_object(self, tmp_path: Path):
+        (tmp_path / "a.json").write_text("[]")
+        with pytest.raises(UserError, match=r"a\.json: must hold a JSON object, found list"):
+            read_record(tmp_path / "a.json")
+
+    @pytest.mark.parametrize(("text", "line"), [('{"a": 1}\n{"a"', 2), ("[]\n", 1), ('{"a": 1}\n', None), ("", None)])
+    def test_a_torn_line_is_told(self, tmp_path: Path, text: str, line: int | None):
+        (tmp_path / "a.jsonl").write_text(text)
+        assert torn_line(tmp_path / "a.jsonl") == line
+
+    def test_checksums_tell_what_has_changed(self, tmp_path: Path):
+        place = tmp_path / "stage"
+        (place / "model").mkdir(parents=True)
+        (place / "model" / "weights").write_bytes(b"x" * 100)
+        seal(place)
+        (place / "reused").touch()  # what has come since does not matter
+        assert damage(place) is None
+        (place / "model" / "weights").write_bytes(b"x" * 99 + b"y")
+        assert damage(place) == "model/weights is not what was written (its checksum differs)"
+        (place / "model" / "weights").unlink()
+        assert damage(place) == "model/weights cannot be read (No such file or directory)"
+        (place / "checksums.json").write_text("[]")
+        assert damage(place) == "checksums.json is missing or torn"
+        (place / "checksums.json").write_text('{"../../passwords": "0"}')
+        assert damage(place) == "checksums.json names a file that lies elsewhere (../../passwords)"
+
 
 class TestState:
     def test_keeps_the_step_unless_it_is_given(self, tmp_path: Path):
@@ -77,6 +105,24 @@ class TestState:
         assert read_json(run.status) == {"state": "failed", "step": 3, "error": "OSError: disk full"}
         run.set_state("running", step=9)
         assert read_json(run.status) == {"state": "running", "step": 9, "error": None}
+
+    def test_a_torn_status_does_not_keep_the_next_from_being_written(self, tmp_path: Path):
+        run = begun(tmp_path / "r", "running")
+        run.status.write_text("{")
+        run.set_state("failed", error="why")
+        assert read_json(run.status) == {"state": "failed", "step": None, "error": "why"}
+
+    def test_a_full_disk_leaves_room_for_the_state(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        run = begun(tmp_path / "r", "running")
+
+        def full(path: Path, text: str) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(files, "write_atomic", full)
+        run.set_state("failed", error="x" * 9999)
+        assert read_json(run.status) == {"state": "failed", "step": 3, "error": "x" * 500}
+        run.set_state("failed", error="short")
+        assert read_json(run.status)["error"] == "short"
 
     @pytest.mark.parametrize("content", ["[]", "{}", '{"state": "asleep"}'])
     def test_a_status_that_is_none(self, tmp_path: Path, content: str):
@@ -274,8 +320,12 @@ class TestContract:
             assert content.endswith(b"IEND\xaeB`\x82")
             assert len(content) > 10_000
 
-    def test_the_last_checkpoint_stays(self, smoke: Path):
-        assert os.listdir(smoke / "checkpoints") == ["step-30"]
+    def test_the_last_two_checkpoints_stay(self, smoke: Path):
+        assert sorted(os.listdir(smoke / "checkpoints")) == ["step-20", "step-30"]
+        assert damage(smoke / "checkpoints" / "step-30") is None
+
+    def test_no_step_was_left_out(self, smoke: Path):
+        assert {line["skipped"] for line in read_metrics(smoke)} == {0}
 
     def test_provenance_tells_how_the_labels_were_made(self, smoke: Path):
         provenance = read_json(smoke / "provenance.json")

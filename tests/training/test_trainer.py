@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mopo_cli.algorithms.mopo.alignment import Alignment
-from mopo_cli.base.errors import AcceleratorMemoryError, UserError
+from mopo_cli.base.console import stage as shown_stage
+from mopo_cli.base.errors import AcceleratorMemoryError, NotFiniteError, UserError
 from mopo_cli.cli import main
 from mopo_cli.config import compose, schema
 from mopo_cli.config.schema import OptimiserConfig
@@ -26,11 +30,14 @@ from mopo_cli.data.table import row_length
 from mopo_cli.models.load import load_policy
 from mopo_cli.models.logprobs import all_logps, response_logps, sequence_logps
 from mopo_cli.models.policy import Policy
-from mopo_cli.models.preference import build_preference_model, features_of
+from mopo_cli.models.preference import build_preference_model, features_of, save_preference_model
 from mopo_cli.models.tokenizers import load_tokenizer
+from mopo_cli.training import stage
 from mopo_cli.training.cache import kept_logps
+from mopo_cli.training.checkpoints import Work
 from mopo_cli.training.inputs import prepare_inputs
 from mopo_cli.training.loop import Task, Trainer
+from mopo_cli.training.stage import Descent, Notes
 
 ROWS = some_rows() * 3
 LENGTHS = [row_length(row) for row in ROWS]
@@ -148,6 +155,102 @@ class TestMemory:
             prepare_inputs(composed)
 
 
+def scaled(model: nn.Module, factors: list[float]) -> Task:
+    """The task with each step's loss times a factor; that of infinity has an infinite gradient."""
+    task, step = task_of(model), -1
+
+    def rows_of(number: int) -> list[int]:
+        nonlocal step
+        step = number
+        return task.rows_of(number)
+
+    return replace(task, rows_of=rows_of, loss_of=lambda rows: task.loss_of(rows) * factors[step])
+
+
+class TestNotFinite:
+    def fit(self, factors: list[float], **settings: Any) -> tuple[Trainer, list[list[Tensor]]]:
+        model = build(ARCHITECTURES["llama"])
+        trainer = Trainer(Accelerator(cpu=True), model, OptimiserConfig(1e-2, warmup=1, **settings), len(factors))
+        weights = [[p.detach().clone() for p in model.parameters()]]
+        trainer.fit(
+            scaled(model, factors),
+            after_step=lambda _: weights.append([p.detach().clone() for p in model.parameters()]),
+        )
+        return trainer, weights
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    @pytest.mark.parametrize("settings", [{}, {"fused": False}, {"max_grad_norm": 0.0}])
+    def test_such_a_step_changes_nothing_and_is_counted(self, bad: float, settings: dict[str, Any]):
+        trainer, weights = self.fit([1.0, bad, 1.0, 1.0], **settings)
+        assert int(trainer.skipped) == 1
+        same = [all(torch.equal(a, b) for a, b in zip(*pair, strict=True)) for pair in pairwise(weights)]
+        assert same == [False, True, False, False]
+        states = trainer._adamw.state.values()
+        assert {float(state["step"]) for state in states} == {3.0}
+
+    def test_a_gradient_alone(self):
+        model = nn.Linear(1, 1)
+        task = Task(lambda step: [0], lambda rows: (model(torch.ones(1, 1)) * 0.0).sqrt().sum())  # d sqrt(0) = inf
+        with pytest.raises(NotFiniteError, match="step 1: loss or gradient was not finite in 1 steps"):
+            Trainer(Accelerator(cpu=True), model, OptimiserConfig(), 3).fit(task)
+
+    def test_ten_in_a_row_end_the_stage_with_the_step_the_rows_and_what_to_lower(self):
+        model = build(ARCHITECTURES["llama"])
+        factors = [1.0] * 5 + [math.nan] * 9 + [1.0] + [math.nan] * 15
+        trainer = Trainer(
+            Accelerator(cpu=True), model, OptimiserConfig(0.5, warmup=3), len(factors), key="sft.optimiser."
+        )
+        named = replace(scaled(model, factors), source_of=lambda row: f"rows.jsonl:{row + 1}")
+        with pytest.raises(NotFiniteError) as caught, shown_stage("reference (SFT)", 30):
+            trainer.fit(named)
+        assert str(caught.value) == (
+            "reference (SFT): step 25: loss or gradient was not finite in 10 steps in a row, the last on rows "
+            + ", ".join(f"rows.jsonl:{n}" for n in range(1, 9))
+            + f" and {len(ROWS) - 8} more; lower sft.optimiser.learning_rate (now 0.5), or raise sft.optimiser.warmup "
+            "(now 3)"
+        )
+        assert int(trainer.skipped) == 19
+        assert not trainer.sound
+
+    def test_weights_that_overflow_at_the_last_step(self):
+        model = build(ARCHITECTURES["llama"])
+        trainer = Trainer(Accelerator(cpu=True), model, OptimiserConfig(1e38, weight_decay=1e38, warmup=0), 1)
+        with pytest.raises(NotFiniteError, match=r"the weights are not finite any more \(model\..*lower optimiser"):
+            trainer.fit(task_of(model))
+
+    def test_no_model_is_saved(self, tmp_path: Path):
+        model = build(ARCHITECTURES["llama"])
+        with torch.no_grad():
+            next(model.parameters())[0, 0] = math.inf
+        with pytest.raises(NotFiniteError, match="model: not written"):
+            asking(model).save(tmp_path / "model")
+        judge = build_preference_model(model, 2, "bradley_terry", 0, 0)
+        with pytest.raises(NotFiniteError, match="judge: not written"):
+            save_preference_model(judge, tmp_path / "judge", ("a", "b"), [0.5, 0.5])
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_logged_of_a_step_is_of_all_its_micro_batches(monkeypatch: pytest.MonkeyPatch):
+    """And of all processes: the other one's parts come in by `gathered`."""
+    model = build(ARCHITECTURES["llama"])
+    notes = Notes()
+    task = task_of(model)
+
+    def loss_of(numbers: list[int]) -> Tensor:
+        notes.add(lambda: {"accuracy": torch.tensor([float(i % 2) for i in numbers])})
+        return task.loss_of(numbers)
+
+    trainer = Trainer(Accelerator(cpu=True), model, OptimiserConfig(1e-3), 2, accumulation=4)
+    descent = Descent(trainer, replace(task, loss_of=loss_of), Work(), len, notes)
+    lines: list[dict[str, Any]] = []
+    trainer.fit(descent.task(), descent.before_step, lambda progressed: lines.append(descent.metrics(progressed)))
+    share = sum(i % 2 for i in range(len(ROWS))) / len(ROWS)
+    assert [line["accuracy"] for line in lines] == pytest.approx([share, share])
+    there = [{"accuracy": torch.ones(len(ROWS)), "only there": torch.tensor([2.0, 4.0])}]
+    monkeypatch.setattr(stage, "gathered", lambda own: [own, there])
+    assert notes.means() == pytest.approx({"accuracy": (share + 1) / 2, "only there": 3.0})
+
+
 class Reads(TorchDispatchMode):
     """Counts what the host reads from the device: on a GPU each read waits until all that was asked for is done."""
 
@@ -220,6 +323,18 @@ class TestMixedPrecision:
             assert b.grad is not None
             assert a.dtype == a.grad.dtype == torch.float32
             assert float((a.grad - b.grad).norm()) <= 0.05 * float(b.grad.norm()) + 1e-3
+
+    def test_adapters_on_a_base_in_float16_are_trained_in_float32(self):
+        lora = schema.LoraConfig(r=4)
+        half, plain = tiny(dtype="float16", lora=lora)[0], tiny(lora=lora)[0]
+        assert {p.dtype for p in half.parameters() if p.requires_grad} == {torch.float32}
+        batch = PACKED([replace(row, prompt=[5, 6]) for row in some_rows()])
+        ours, theirs = (
+            torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+            for model in (half, plain)
+            if sequence_logps(model, batch).sum().backward() is None
+        )
+        assert float((ours - theirs).norm() / theirs.norm()) < 0.02
 
     def test_the_preference_model_takes_it_over(self):
         mixed, plain = tiny(mixed_precision="bf16")

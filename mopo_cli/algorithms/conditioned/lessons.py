@@ -103,7 +103,7 @@ def fit_lessons(setting: Setting, lessons: Lessons, work: Work, *, title: str, s
 
     The loss is a mean over the responses' tokens, as the reference's own (pretrain.py).
     """
-    inputs = setting.inputs
+    inputs, examples = setting.inputs, setting.inputs.examples["train"]
     taken = step_rows(setting, lessons.size)
     encoded_step = -1
     rows: dict[int, list[TokenRow]] = {}
@@ -124,6 +124,7 @@ def fit_lessons(setting: Setting, lessons: Lessons, work: Work, *, title: str, s
         loss_of=loss_of,
         weight_of=lambda numbers: sum(len(row.responses[0]) for i in numbers for row in rows[i]),
         length_of=lambda i: sum(map(row_length, rows[i])),
+        source_of=lambda i: ", ".join(dict.fromkeys(examples[one.row].source or str(one.row) for one in lessons.of(i))),
     )
     responses = lambda numbers: sum(len(rows[i]) for i in numbers)  # noqa: E731
     descend(setting, task, work, title=title, steps=steps, pairs_of=responses, first=first)

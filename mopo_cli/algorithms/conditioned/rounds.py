@@ -24,6 +24,7 @@ from mopo_cli.algorithms.conditioned.lessons import (
 from mopo_cli.algorithms.contract import EVALUATED, Aligned, aim_of, finished, trained_on
 from mopo_cli.algorithms.rollouts import Request, Rollouts, Samples, rollout_settings, support, unusable
 from mopo_cli.base.console import say
+from mopo_cli.base.errors import UserError
 from mopo_cli.base.files import read_json, write_json
 from mopo_cli.config.checks import at_least, between, checked
 from mopo_cli.data.directions import Directions
@@ -158,13 +159,20 @@ def _number(value: float) -> str:
 
 
 def kept_round(setting: Setting, name: str, work: Work, passed: bool, draw: Callable[[], Round]) -> Round:
-    """A round as it was drawn before the run's checkpoint, else drawn now; the same for every process."""
+    """A round as it was drawn before the run's checkpoint, else drawn now; the same for every process.
+
+    UserError where the file is torn: the policy that drew it is gone.
+    """
     path = setting.run.path / "stages" / f"{name}.json"
     if passed and path.exists():
-        record = read_json(path)
-        items = [[Lesson(**lesson) for lesson in item] for item in record.pop("items")]
-        work.samples += record["samples"]
-        return Round(items, **record)
+        try:
+            record = dict(read_json(path))
+            items = [[Lesson(**lesson) for lesson in item] for item in record.pop("items")]
+            drawn = Round(items, **record)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: not the samples of a round ({error}); start the run anew") from None
+        work.samples += drawn.samples
+        return drawn
     result = [draw()]
     if setting.accelerator.num_processes > 1:
         broadcast_object_list(result)

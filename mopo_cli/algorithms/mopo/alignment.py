@@ -192,7 +192,11 @@ class Alignment(PrimalDual):
     # ------------------------------------------------------------------ the step's hooks
 
     def task(self) -> Task:
-        return Task(self.rows_of, self.loss, length_of=self.length_of)
+        return Task(self.rows_of, self.loss, length_of=self.length_of, source_of=self._source)
+
+    def _source(self, number: int) -> str:
+        row = number // len(self.points)
+        return self.train_rows.judged.examples[row].source or str(row)
 
     def loss(self, numbers: list[int]) -> Tensor:
         """Summed over these rows."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from mopo_cli.models.logprobs import sequence_logps
 from mopo_cli.training.cache import kept_logps
 from mopo_cli.training.checkpoints import Setting, Work
 from mopo_cli.training.loop import Task, joined
-from mopo_cli.training.stage import descend, rows_a_step, step_rows
+from mopo_cli.training.stage import Notes, descend, rows_a_step, step_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class Beside:
 
     task: Task
     places: int  # of a step's rows, that it takes
-    notes: Callable[[], dict[str, Tensor]]
+    notes: Notes  # what its loss notes
 
 
 def weighted_labels(labels: Tensor, weights: Tensor) -> WeightedLabels:
@@ -219,25 +220,23 @@ def fit_pairs(setting: Setting, fit: PairFit, work: Work) -> None:
         if fit.count is None
         else table.sums(fit.count(table.of(list(table.place), torch.zeros_like(table.lengths))))
     )
-    last: list[PairLogps] = []
+    notes = fit.beside.notes if fit.beside else Notes()
 
     def loss_of(numbers: list[int]) -> Tensor:
         batch = inputs.policy.collate([tokens[i] for i in numbers]).to(device)
         pairs = table.of(numbers, sequence_logps(inputs.policy.model, batch))
-        last[:] = [replace(pairs, policy=pairs.policy.detach())]
+        notes.add(partial(pair_notes, replace(pairs, policy=pairs.policy.detach())))
         return fit.loss(pairs).sum()
 
     def weight_of(numbers: list[int]) -> float:
         return table.pairs_of(numbers) if counts is None else float(sum(counts[table.place[i]] for i in numbers))
-
-    def notes() -> dict[str, Tensor]:
-        return (batch_notes(last[0]) if last else {}) | (fit.beside.notes() if fit.beside else {})
 
     task = Task(
         rows_of=lambda step: [rows[n] for n in taken(step)],
         loss_of=loss_of,
         weight_of=weight_of,
         length_of=lambda i: row_length(tokens[i]),
+        source_of=lambda i: inputs.examples["train"][i].source or str(i),
     )
     pairs_of = table.pairs_of
     if fit.beside:
@@ -267,19 +266,15 @@ def aligned_on_pairs(setting: Setting, fit: PairFit, work: Work | None = None, a
     return Aligned(finished(work), aim=aim_of(setting, alike))
 
 
-def batch_notes(pairs: PairLogps) -> dict[str, Tensor]:
-    """Log-probs of preferred and other responses, which may both fall while their difference grows, and the order."""
+def pair_notes(pairs: PairLogps) -> dict[str, Tensor]:
+    """Of each decided pair: log-probs of the preferred and the other response, which may both fall while their
+    difference grows, and whether their order is right."""
     label = weighted_labels(pairs.labels, pairs.weights).label
     decided, sign = label != 0.5, torch.where(label > 0.5, 1.0, -1.0)
     first, second = pairs.policy.unbind(1)
     ratio = pairs.policy - pairs.reference
-    right = ((ratio[:, 0] - ratio[:, 1]) * sign > 0).float()
-
-    def mean(values: Tensor) -> Tensor:
-        return values[decided].mean()
-
     return {
-        "preferred_logp": mean(torch.where(sign > 0, first, second)),
-        "other_logp": mean(torch.where(sign > 0, second, first)),
-        "accuracy": mean(right),
+        "preferred_logp": torch.where(sign > 0, first, second)[decided],
+        "other_logp": torch.where(sign > 0, second, first)[decided],
+        "accuracy": ((ratio[:, 0] - ratio[:, 1]) * sign > 0).float()[decided],
     }

@@ -13,6 +13,7 @@ from mopo_cli.data.batches import Collator
 from mopo_cli.models.logprobs import gather_slots, response_logps
 from mopo_cli.models.preference import PreferenceModel
 from mopo_cli.training.loop import Task
+from mopo_cli.training.stage import Notes
 
 
 # --------------------------------------------------------------------------------------------- losses
@@ -62,22 +63,24 @@ class ToldTask:
         rows_of: Callable[[int], list[int]],
         beside: float,
         rows: int,
+        notes: Notes | None = None,  # where the share of comparisons that come out right is noted
     ):
-        self.told, self.margins = told, margins
+        self.told, self.margins, self.notes = told, margins, notes
         self.scales: dict[str, float] = {}
         for name, factor in factors.items():
             total = sum(len(getattr(row, name)) for row in told)
             self.scales[name] = factor * beside * len(told) / (rows * total) if total else 0.0
-        self.notes: dict[str, Tensor] = {}
         self.task = Task(rows_of, self.loss_of, lambda numbers: 0.0, lambda i: told[i].length)
 
     def loss_of(self, numbers: list[int]) -> Tensor:
         margins = self.margins(numbers)
-        losses = []
+        losses, right = [], {}
         for name, scale in self.scales.items():
             margin = margins(index_of([getattr(self.told[i], name) for i in numbers]))
             losses.append(scale * condition_loss(margin).sum())
-            self.notes[f"{name}_accuracy"] = (margin.detach() > 0).float().mean()
+            right[f"{name}_accuracy"] = (margin.detach() > 0).float()
+        if self.notes is not None:
+            self.notes.add(lambda: right)
         return torch.stack(losses).sum()
 
 

@@ -68,7 +68,7 @@ from mopo_cli.training.checkpoints import Setting
 from mopo_cli.training.loop import Task, joined
 from mopo_cli.training.preference import JUDGED, accuracy, heldout_logits, labelled_task, train_preference_model
 from mopo_cli.training.reference import limited_steps
-from mopo_cli.training.stage import rows_a_step, step_rows
+from mopo_cli.training.stage import Notes, rows_a_step, step_rows
 
 MEASURED = 32  # told rows that go through the preference model at once
 ACROSS = {"margins": inter_margins, "responses": inter_responses}
@@ -234,8 +234,9 @@ class Mapl:
         used = used_objectives(self.dpo.shares)
         pairs = [n for n in (len(judged(example, used)) for example in inputs.examples["train"]) if n]
         plain = (rows_a_step(setting) - 2 * count) * float(np.mean(pairs or [0]))
-        task = ToldTask(told, self.factors, margins, taken, plain, count)
-        return Beside(task.task, 2 * count, lambda: task.notes)
+        notes = Notes()
+        task = ToldTask(told, self.factors, margins, taken, plain, count, notes)
+        return Beside(task.task, 2 * count, notes)
 
     def measure(self, setting: Setting) -> None:
         """Says and logs how often an instruction is followed that a response of the data follows."""

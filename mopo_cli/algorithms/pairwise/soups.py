@@ -23,7 +23,7 @@ from mopo_cli.algorithms.contract import Aligned, aim_of, finished
 from mopo_cli.algorithms.pairwise.dpo import Dpo
 from mopo_cli.base.console import say, warn
 from mopo_cli.base.errors import UserError
-from mopo_cli.base.files import read_json
+from mopo_cli.base.files import read_record
 from mopo_cli.config.checks import checked, normalised_weights, one_of
 from mopo_cli.models.parts import inner, lora_of
 from mopo_cli.models.policy import Policy, Snapshot, rank_and_alpha, saved_weights
@@ -202,7 +202,7 @@ def differences(policy: Policy, directory: Path) -> str:
         rank, alpha = rank_and_alpha(directory)
         if (rank, alpha) != (lora.r, lora.lora_alpha):
             return f"its LoRA has r={rank} and alpha={alpha}, the run's r={lora.r} and alpha={lora.lora_alpha}"
-        base = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
+        base = read_record(directory / "adapter_config.json").get("base_model_name_or_path")
         if _place(base) != _place(lora.base_model_name_or_path):
             return f"its adapter belongs to {base}, the run's to {lora.base_model_name_or_path}"
         ours = get_peft_model_state_dict(model)
