@@ -24,7 +24,6 @@ SHORT = (
     "sampling.max_new_tokens=12",
     "evaluation.prompts=16",
     "evaluation.exact_prompts=8",
-    "evaluation.bootstrap=50",
 )
 TINY = (
     *SHORT,

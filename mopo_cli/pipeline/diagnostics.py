@@ -37,7 +37,7 @@ def warnings(run: Outcome) -> list[str]:
     )
     if run.aligned.estimator is None:
         signs = (_missed, _no_movement, _blind_judge)
-    return [message for sign in signs for message in sign(run)]
+    return [*run.evaluation.doubts, *(message for sign in signs for message in sign(run))]
 
 
 def _infeasible(run: Outcome) -> list[str]:
@@ -173,7 +173,8 @@ def _optimistic(run: Outcome) -> list[str]:
         f"{name}: the run's own estimate {estimate:.3f} and the evaluation {measured[name].win_rate:.3f} disagree; "
         "trust the evaluation"
         for name, estimate in run.aligned.estimated.items()
-        if abs(estimate - measured[name].win_rate) > max(DISAGREEMENT, measured[name].margin)
+        if abs(estimate - measured[name].win_rate) > measured[name].margin  # never where that is unknown
+        if abs(estimate - measured[name].win_rate) > DISAGREEMENT
     ]
 
 

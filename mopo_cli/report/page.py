@@ -18,6 +18,7 @@ from typing import Any
 
 from mopo_cli import __version__
 from mopo_cli.base.secrets import masked, masked_command
+from mopo_cli.base.text import prompts_told
 from mopo_cli.report import groups, theme
 from mopo_cli.report.groups import Figure, Group
 from mopo_cli.report.quality import Quality
@@ -183,7 +184,7 @@ def table(report: Report) -> tuple[list[Column], list[tuple[RunRecord, list[Cell
         cells += values if swept else []
         for name in names:
             cells += _rates(run, name, exact)
-        cells.append(_verdict(run.satisfied))
+        cells.append(_verdict(run.verdict))
         cells.append(_number(run.summary.get("kl"), 3))
         cells.append(Cell("●" if front[run.id] else "", int(front[run.id])) if run.id in front else Cell())
         count = sum(not text.startswith("note") for text in run.warnings)
@@ -210,16 +211,17 @@ def _number(value: float | None, digits: int) -> Cell:
 
 def _rates(run: RunRecord, name: str, exact: bool) -> list[Cell]:
     result = run.objectives.get(name)
-    if result is None or result.win_rate is None or result.ci95 is None:
+    if result is None or result.win_rate is None:
         return [Cell()] * (1 + exact)
-    half = (result.ci95[1] - result.ci95[0]) / 2
+    half = f" ± {(result.ci95[1] - result.ci95[0]) / 2:.3f}" if result.ci95 else ""
     mark = "" if result.satisfied is None else "yes" if result.satisfied else "no"
-    sampled = Cell(f"{result.win_rate:.3f} ± {half:.3f}", float(f"{result.win_rate:.6g}"), "" if exact else mark)
+    sampled = Cell(f"{result.win_rate:.3f}{half}", float(f"{result.win_rate:.6g}"), "" if exact else mark)
     return [sampled, replace(_number(result.exact, 3), mark=mark)] if exact else [sampled]
 
 
-def _verdict(satisfied: bool | None) -> Cell:
-    return Cell() if satisfied is None else Cell(*("kept", 1, "yes") if satisfied else ("broken", 0, "no"))
+def _verdict(verdict: str | None) -> Cell:
+    cells = {"yes": Cell("kept", 1, "yes"), "no": Cell("broken", 0, "no"), "undecided": Cell("undecided", 0.5)}
+    return cells.get(verdict or "", Cell())
 
 
 def objective_table(run: RunRecord) -> list[tuple[Column, list[Cell]]]:
@@ -236,7 +238,7 @@ def objective_table(run: RunRecord) -> list[tuple[Column, list[Cell]]]:
         (Column("estimated"), [_number(r.estimated, 3) for r in results]),
         (Column("exact"), [_number(r.exact, 3) for r in results]),
         (Column("optimum"), [_number(r.optimum if constrained else None, 3) for r in results]),
-        (Column("threshold kept", False), [_verdict(r.satisfied) for r in results]),
+        (Column("threshold kept", False), [_verdict(r.verdict) for r in results]),
         (Column("λ"), [_number(r.dual, 3) for r in results]),
         (Column("held-out accuracy"), [Cell("" if share is None else f"{share:.1%}") for share in shares]),
         (Column("judged by", False), [Cell(r.judge or "") for r in results]),
@@ -250,11 +252,18 @@ def facts(run: RunRecord) -> list[tuple[str, str]]:
     train, oracle = summary.get("train") or {}, summary.get("oracle") or {}
     constrained = any(result.threshold is not None for result in run.objectives.values())
     exact = f", exact {oracle['kl']:.3f}" if oracle.get("kl") is not None else ""
+    asked = summary.get("evaluation") or {}
     steps = train.get("steps") or next((line["step"] for line in reversed(run.history)), None)
     rows: list[tuple[str, Any, Callable[[Any], str]]] = [
         ("state", run.state, str),
         ("method", run.method or None, str),
         ("asked behind", summary.get("condition") or None, str),
+        (
+            "measured on",
+            asked if "independent_prompts" in asked else None,
+            lambda a: prompts_told(a["prompts"], a["independent_prompts"]),
+        ),
+        ("exact numbers are of", oracle.get("support_mass"), "{:.1%} of what the policy says".format),
         ("KL to the reference", summary.get("kl"), lambda kl: f"{kl:.3f} nats{exact}"),
         ("below the optimum", oracle.get("gap") if constrained else None, "{:.3f} of the primary's win rate".format),
         ("steps", steps or None, str),
@@ -314,6 +323,7 @@ def csv_text(report: Report) -> str:
             row |= {f"win_rate/{name}": r.win_rate, f"ci95_low/{name}": low, f"ci95_high/{name}": high}
             row |= {f"exact/{name}": r.exact, f"optimum/{name}": r.optimum, f"estimated/{name}": r.estimated}
             row |= {f"threshold/{name}": r.threshold, f"satisfied/{name}": r.satisfied, f"dual/{name}": r.dual}
+            row |= {f"verdict/{name}": r.verdict}
         row |= {"kl": run.summary.get("kl"), "gap": (run.summary.get("oracle") or {}).get("gap")}
         row |= {"nondominated": front.get(run.id), "igd_plus": distance.get(run.id)}
         row |= {"seconds": (run.summary.get("train") or {}).get("wall_seconds"), "warnings": len(run.warnings)}

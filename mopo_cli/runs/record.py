@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 METHOD = "algorithm"  # the setting that names a run's method
 ORACLE = {"exact": "win_rate", "optimum": "optimum", "reference": "reference"}  # of a Result: by summary.json's key
+VERDICTS = {True: "yes", False: "no"}
 NO_SETTING = ("run.", "sweep.", "logger.", "experiment.", "debug", "cache", "log_every", "checkpoint_every")
 
 
@@ -34,9 +35,10 @@ class Result:
     threshold: float | None
     worst: float
     win_rate: float | None = None  # on samples
-    ci95: tuple[float, float] | None = None
+    ci95: tuple[float, float] | None = None  # None where the prompts are too few for an interval
     estimated: float | None = None  # by the run itself, while it trained
     satisfied: bool | None = None
+    verdict: str | None = None  # "yes", "no" or "undecided" with confidence; as satisfied, where nothing tells
     judge: str | None = None
     dual: float | None = None
     exact: float | None = None
@@ -158,6 +160,12 @@ class RunRecord:
         return all(verdicts) if verdicts else None
 
     @property
+    def verdict(self) -> str | None:
+        """Whether every threshold is kept, with confidence: "yes", "no" or "undecided"."""
+        verdicts = {result.verdict for result in self.objectives.values() if result.verdict is not None}
+        return next((verdict for verdict in ("no", "undecided", "yes") if verdict in verdicts), None)
+
+    @property
     def has_thresholds(self) -> bool:
         return any(result.threshold is not None for result in self.objectives.values())
 
@@ -224,7 +232,7 @@ def _summary(run: RunDirectory) -> tuple[dict[str, Any], str | None]:
     try:
         values = run.results()
         for result in values["objectives"].values():
-            _ = float(result["win_rate"]), [float(x) for x in result["win_rate_ci95"]], result["role"]
+            _ = float(result["win_rate"]), _interval(result), result["role"]
         return values, None
     except UserError as error:
         return {}, str(error)
@@ -253,15 +261,22 @@ def _results(summary: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str,
             role=values["role"],
             threshold=values.get("threshold"),
             win_rate=float(values["win_rate"]),
-            ci95=(float(values["win_rate_ci95"][0]), float(values["win_rate_ci95"][1])),
+            ci95=_interval(values),
             estimated=values.get("estimated_win_rate"),
             satisfied=values.get("satisfied"),
+            verdict=values.get("satisfied_with_confidence") or VERDICTS.get(values.get("satisfied")),
             judge=values.get("judge"),
             dual=duals.get(name),
             **{key: (oracle.get(of) or {}).get(name) for key, of in ORACLE.items()},
         )
         for name, values in summary["objectives"].items()
     }
+
+
+def _interval(result: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The 95 % interval of its win rate; None where it was too few prompts for one."""
+    low, high = result["win_rate_ci95"]
+    return None if low is None or high is None else (float(low), float(high))
 
 
 def _goal(node: Mapping[str, Any]) -> Result:

@@ -21,7 +21,7 @@ from mopo_cli.evaluation.responses import evaluated_prompts
 from mopo_cli.runs.find import newest_run
 
 Run = Callable[..., Finished]
-QUICK = ("evaluation.exact_prompts=8", "evaluation.prompts=16", "evaluation.bootstrap=50", "sampling.max_new_tokens=12")
+QUICK = ("evaluation.exact_prompts=8", "evaluation.prompts=16", "sampling.max_new_tokens=12")
 
 
 class TestChoosingARun:
@@ -370,7 +370,12 @@ class TestEvaluating:
         assert found["oracle"] is None
         answers = here / "mine.jsonl"
         answers.write_text("".join(json.dumps({"prompt": f"say {i}", "response": "no"}) + "\n" for i in range(7)))
-        done = run_here("eval", "responses=mine.jsonl", "judge=a", "dir=out", "evaluation.bootstrap=50")
+        done = run_here(
+            "eval",
+            "responses=mine.jsonl",
+            "judge=a",
+            "dir=out",
+        )
         assert done.status == 0, done.err
         human = read_json(here / "out" / "evaluation.json")["evaluations"][0]["objectives"]["human"]
         assert human["judge"] == "preference model"

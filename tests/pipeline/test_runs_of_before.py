@@ -15,7 +15,7 @@ ARCHIVE = Path(__file__).parents[1] / "fixtures" / "before_the_move.tar.xz"
 SETTINGS = (
     "hparams=smoke", "logger=none", "seed=3", "cache=null", "steps=10", "checkpoint_every=5", "sft.steps=4",
     "preference_model.steps=4", "preference_model.evaluate_every=4", "sampling.max_new_tokens=8",
-    "evaluation.prompts=8", "evaluation.exact_prompts=4", "evaluation.bootstrap=20", "dataset.rows=300",
+    "evaluation.prompts=8", "evaluation.exact_prompts=4", "dataset.rows=300",
     "model.architecture.hidden_size=8", "model.architecture.intermediate_size=16",
     "model.architecture.num_hidden_layers=1", "model.tokenizer.vocab_size=300",
 )  # fmt: skip
@@ -47,7 +47,7 @@ def test_a_finished_run_is_reported_sampled_evaluated_and_exported(runs: Path, r
     for command in (
         ("report", f"run={run}"),
         ("sample", f"run={run}", "prompt=How do I boil an egg?"),
-        ("eval", f"run={run}", "evaluation.prompts=4", "evaluation.bootstrap=20", "evaluation.exact_prompts=4"),
+        ("eval", f"run={run}", "evaluation.prompts=4", "evaluation.exact_prompts=4"),
         ("export", f"run={run}", f"to={runs / 'shared'}"),
     ):
         done = run_here(*command)
