@@ -190,6 +190,7 @@ def scored_samples(examples: Sequence[Example], responded: Responded, judged: Se
                     normalised_score={
                         j.column.name: float(j.scale(j.scores[i][m])) for j in judged if j.scores and j.scale
                     },
+                    group=example.group,
                 )
             )
     return samples

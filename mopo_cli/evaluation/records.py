@@ -128,6 +128,12 @@ class ScoredSample:
     win_rate: dict[str, float]  # against the data's responses to the same prompt
     score: dict[str, float]
     normalised_score: dict[str, float]
+    group: str = ""  # of the prompt, where the data have groups
+
+    def line(self) -> dict[str, Any]:
+        """What samples.jsonl tells of it."""
+        return {"prompt": self.prompt, "response": self.response, **({"group": self.group} if self.group else {}),
+                "scores": self.win_rate}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,7 @@ def write(directory: Path, run: RunDirectory | None, compared: Compared) -> None
 
 
 def write_samples(run: RunDirectory, samples: Sequence[ScoredSample]) -> None:
-    write_lines(run.samples, [{"prompt": s.prompt, "response": s.response, "scores": s.win_rate} for s in samples])
+    write_lines(run.samples, [sample.line() for sample in samples])
 
 
 def write_lines(path: Path, records: Iterable[Mapping[str, object]]) -> None:

@@ -16,6 +16,7 @@ from mopo_cli.base.secrets import masked
 from mopo_cli.base.text import flat, shown
 from mopo_cli.base.types import primary_first
 from mopo_cli.config.compose import option_name
+from mopo_cli.maths.significance import FEWEST
 from mopo_cli.runs.directory import ENDED, RunDirectory, locked
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class Answer(NamedTuple):
     prompt: str
     response: str
     scores: Mapping[str, float]
+    group: str = ""
 
 
 class RunFiles:
@@ -86,7 +88,9 @@ class RunFiles:
     def answers(self) -> list[Answer]:
         """The lines of samples.jsonl."""
         return [
-            Answer(str(line.get("prompt", "")), str(line.get("response", "")), line["scores"])
+            Answer(
+                str(line.get("prompt", "")), str(line.get("response", "")), line["scores"], str(line.get("group") or "")
+            )
             for line in read_lines(RunDirectory(self.path).samples)
             if isinstance(line, dict) and isinstance(line.get("scores"), dict)
         ]
@@ -290,15 +294,18 @@ def _goal(node: Mapping[str, Any]) -> Result:
 
 
 def sampled_rates(run: RunRecord) -> tuple[Prompts, np.ndarray] | None:
-    """The prompts of a run's samples and the (P, K) mean win rates of its responses to each; None without samples."""
+    """What each prompt of a run's samples is independent of others by (its group, else itself), and the (P, K) mean win
+    rates of the responses to each; None of fewer than FEWEST independent ones."""
     by_prompt: dict[str, list[list[float]]] = {}
+    units: dict[str, str] = {}
     for answer in run.answers:
         row = [answer.scores.get(name) for name in run.names]
         if all(_is_number(value) for value in row):
             by_prompt.setdefault(answer.prompt, []).append(row)  # type: ignore[arg-type]
-    if len(by_prompt) < 2:
+            units[answer.prompt] = answer.group or answer.prompt
+    if len(set(units.values())) < FEWEST:
         return None
-    return tuple(by_prompt), np.array([np.mean(rows, axis=0) for rows in by_prompt.values()])
+    return tuple(units.values()), np.array([np.mean(rows, axis=0) for rows in by_prompt.values()])
 
 
 def _is_number(value: Any) -> bool:
