@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -89,10 +88,9 @@ class ExactRates:
 
 
 @dataclass(frozen=True, slots=True)
-class Exact:
+class Exact(ExactRates):
     """Exact numbers of an enumerable world; `gap` is how much of the optimum's primary win rate is missing."""
 
-    win_rate: dict[str, float]
     optimum: dict[str, float]
     gap: float
     kl: float
@@ -102,10 +100,6 @@ class Exact:
     feasible: bool
     attainable: dict[str, float]
     reference: dict[str, float]
-    support_mass: float  # probability of the world's responses under the policy; win rates are conditional on them
-    bounds: Mapping[str, Interval]  # of win rates without that condition
-    prompts: int
-    independent_prompts: int
     front: list[dict[str, float]] = field(default_factory=list)  # vertices of the exact front, whatever the KL
 
 

@@ -43,7 +43,7 @@ class Responded:
     kl: float | None = None
     cut_off: float | None = None
     oracle: Exact | None = None
-    exact: Exact | ExactRates | None = None  # exact win rates, also of a model that has no reference
+    exact: ExactRates | None = None  # exact win rates, also of a model that has no reference
     seconds: float = 0.0
 
 

@@ -241,7 +241,7 @@ class TestWithoutThresholds:
             return evaluation({"a": replace(result, role="primary", threshold=None), "b": result}, 0.3, oracle)
 
         rates = {"a": 0.5, "b": 0.5}
-        exact = Exact(rates, rates, 0.0, 0.3, 0.7, {"b": 0.1}, 0.0, True, rates, rates, 1.0, {}, 64, 64)
+        exact = Exact(rates, {}, 1.0, 64, 64, rates, 0.0, 0.3, 0.7, {"b": 0.1}, 0.0, True, rates, rates)
         for threshold, there in ((None, False), (0.4, True)):
             show_results(asked(threshold, exact), RunDirectory(tmp_path))
             text = capsys.readouterr().out
