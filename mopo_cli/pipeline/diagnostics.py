@@ -37,7 +37,7 @@ def warnings(run: Outcome) -> list[str]:
     )
     if run.aligned.estimator is None:
         signs = (_missed, _no_movement, _blind_judge)
-    return [*run.evaluation.doubts, *(message for sign in signs for message in sign(run))]
+    return [*(message for sign in signs for message in sign(run)), *run.evaluation.doubts]
 
 
 def _infeasible(run: Outcome) -> list[str]:
