@@ -31,6 +31,9 @@ test: $(INSTALLED) ## run all tests
 test-quick: $(INSTALLED) ## run the tests that train nothing
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
+torture: $(INSTALLED) ## 10 000 overrides and 10 000 rows made at random: none may end in another error than ours (about 15 minutes)
+	$(BIN)/python tests/torture $(ARGS)
+
 lint: $(INSTALLED) ## ruff, the layers of folders (import-linter) and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -70,4 +73,4 @@ audit: $(INSTALLED) ## look the pinned packages up in the advisory database (nee
 clean: ## remove .venv and build leftovers; outputs/ stays
 	rm -rf $(VENV) dist build *.egg-info .pytest_cache .ruff_cache
 
-.PHONY: help install train test test-quick lint bench bench-small bench-commands quality baselines wheel lock audit clean
+.PHONY: help install train test test-quick torture lint audit bench bench-small bench-commands quality baselines wheel lock clean

@@ -22,7 +22,6 @@ class Command(NamedTuple):
     )  # its record in config/schema.py; None: `command` takes overrides, and composes configs by itself
     summary: str
     example: str
-    quoted: tuple[str, ...] = ()  # keys whose value is one text, which Hydra would take for several
     literal: tuple[str, ...] = ()  # keys that are no config, as any character may stand in them: arguments of `command`
 
 
@@ -74,7 +73,6 @@ COMMANDS = {
         "SampleConfig",
         "responses of a trained model to your own prompts",
         'mopo sample run=outputs/train/NAME prompt="How do I boil an egg?"',
-        quoted=("direction",),
         literal=("prompt",),
     ),
     "export": Command(
@@ -112,9 +110,9 @@ def command_usage(name: str, overrides: list[str], config_dir: str | None) -> st
     from mopo_cli.config import compose
 
     command = COMMANDS[name]
-    chosen = [o.partition(",")[0] for o in overrides if o.partition("=")[0] in compose.GROUPS]
-    composed = compose.compose(name, chosen, config_dir)
     groups = compose.command_groups(name)
+    chosen = [o.partition(",")[0] for o in overrides if o.partition("=")[0] in groups]
+    composed = compose.compose(name, chosen, config_dir)
     lines = [f"mopo {name}: {command.summary}", "", f"  $ {command.example}", ""]
     if groups:
         lines += ["config groups (group=option):"]
@@ -167,45 +165,28 @@ def run(name: str, arguments: Arguments) -> int:
         print(command_usage(name, arguments.overrides, arguments.config_dir))
         return 0
     command = COMMANDS[name]
-    if command.config is None:
-        module = importlib.import_module(command.module)
-        return module.command(arguments.overrides, arguments.config_dir, arguments.cfg)
-    if arguments.multirun:
+    if command.config is not None and arguments.multirun:
         raise UserError(f"-m: `mopo {name}` runs once; use `mopo sweep`")
-    from mopo_cli.config import compose, schema, trust
+    from mopo_cli.config import compose, overrides, schema, trust
 
     literal = {_key(o): o.partition("=")[2] for o in arguments.overrides if _key(o) in command.literal and "=" in o}
-    overrides = [quoted(o, command) for o in arguments.overrides if _key(o) not in literal]
-    compose.check_experiment(name, overrides, arguments.config_dir)
-    composed = compose.compose(name, overrides, arguments.config_dir)
+    given = [override for override in arguments.overrides if _key(override) not in literal]
+    record = getattr(schema, command.config) if command.config else None
+    given = overrides.readable(given, name, record, compose.command_groups(name))
+    if record is None:
+        return importlib.import_module(command.module).command(given, arguments.config_dir, arguments.cfg)
+    compose.check_experiment(name, given, arguments.config_dir)
+    composed = compose.compose(name, given, arguments.config_dir)
     if arguments.cfg:
         print(compose.to_yaml(composed), end="")
         return 0
-    compose.typed(composed, getattr(schema, command.config))  # a mistake is said before seconds are spent on imports
+    compose.typed(composed, record)  # a mistake is said before seconds are spent on imports
     trust.find_own_modules(compose.plain(composed))
     return importlib.import_module(command.module).command(composed, **literal)
 
 
 def _key(override: str) -> str:
     return override.partition("=")[0]
-
-
-def quoted(override: str, command: Command) -> str:
-    """An override as Hydra must read it: a path or pattern of files here is one text, `tau=0.1,beta=0.9` in it or not.
-
-    So is the value of command.quoted, say direction=helpful=0.8,concise=0.6.
-    """
-    from glob import glob
-
-    from mopo_cli.config import compose
-
-    key, _, value = override.partition("=")
-    if key in command.quoted and not value.startswith("'"):
-        return f"{key}={compose.in_grammar(value)}"
-    special = set("'\\$[]{}") & set(value) or not set("=,") & set(value)
-    if special or not (os.path.exists(os.path.expanduser(value)) or glob(os.path.expanduser(value))):
-        return override
-    return f"{key}='{value}'"
 
 
 def main(argv: list[str] | None = None) -> int:

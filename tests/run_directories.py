@@ -27,6 +27,7 @@ def write_run(
     seed: int = 0,
     algorithm: str | None = "mopo",  # or a method without multipliers; None: as runs of old, which do not say
     optimum: Mapping[str, float] | None = None,
+    attainable: Mapping[str, float] | None = None,  # of thresholds that are out of reach
 ) -> Path:
     """A run whose samples have these mean win rates (the first objective is the primary one)."""
     rng = np.random.default_rng(seed)
@@ -66,6 +67,8 @@ def write_run(
     ]  # fmt: skip
     (path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     told = summary(rates, asked, exact, front, seed, optimum)
+    if attainable:
+        told["oracle"] |= {"feasible": False, "attainable": dict(attainable)}
     if algorithm:
         told["algorithm"] = algorithm
     if not followed:

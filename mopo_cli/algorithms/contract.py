@@ -7,6 +7,7 @@ import time
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Protocol
 
+from mopo_cli.base.errors import UserError
 from mopo_cli.base.types import primary_first
 from mopo_cli.config.compose import build, class_of
 from mopo_cli.config.schema import TrainConfig
@@ -82,7 +83,10 @@ def build_algorithm(config: TrainConfig, names: tuple[str, ...], thresholds: tup
     given = {"names": names, "thresholds": thresholds, "unscored": unscored}
     given |= {key: getattr(config, key) for key in ("tau", "beta", "epsilon", "t0")}
     given["preference_form"] = config.preference_model.form
-    taken = inspect.signature(target).parameters
+    try:
+        taken = inspect.signature(target).parameters
+    except ValueError as error:  # of a type of Python's own
+        raise UserError(f"algorithm._target_={node.get('_target_')}: is no algorithm") from error
     return build({**node, "_partial_": False}, "algorithm", **{k: v for k, v in given.items() if k in taken})
 
 

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+TOKENIZERS = "TOKENIZERS_PARALLELISM"
+ONE_THREAD = "n"  # our default for it; "false" and others are the user's own, which stays as it is
+
 
 def is_main() -> bool:
     """Whether this process speaks and writes; known before anything heavy is imported."""

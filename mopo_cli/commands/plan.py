@@ -21,6 +21,7 @@ from mopo_cli.config.schema import PlanConfig
 from mopo_cli.pipeline.train import check
 from mopo_cli.planning.attainable import GIVEN_UP, WANTED, Plan, make_plan
 from mopo_cli.planning.evidence import check_prompts, gather
+from mopo_cli.runs.constraints import out_of_reach
 from mopo_cli.runs.directory import claim
 from mopo_cli.runs.session import quiet_libraries
 from mopo_cli.training.inputs import prepare_inputs
@@ -73,14 +74,14 @@ def objective_table(plan: Plan) -> Table:
     with_exact = any(objective.exact is not None for objective in plan.objectives.values())
     columns = ["threshold", "reference", "predicted", "attainable", "price λ", "verdict"]
     lines = table(["objective", "role"], columns + ["exact"] * with_exact)
-    colours = {"binds": "green", "never binds": "yellow"}
+    colours = {"binds": "green", "attainable": "green", "never binds": "yellow"}
     for name, objective in plan.objectives.items():
         lines.add_row(
             name,
             objective.role,
             _number(objective.threshold) + "*" * objective.scheduled,
             _number(objective.reference),
-            f"{objective.win_rate:.3f} ± {objective.ci95:.3f}",
+            "" if objective.win_rate is None else f"{objective.win_rate:.3f} ± {objective.ci95:.3f}",
             _number(objective.attainable),
             _number(objective.dual, 2),
             objective.verdict and f"[{colours.get(objective.verdict, 'red')}]{objective.verdict}[/]",
@@ -117,31 +118,61 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 def advice(plan: Plan) -> list[str]:
     """One line for each thing that a user should know or set."""
-    lines = []
+    lines = _reach(plan)
     for name, a in plan.objectives.items():
-        if a.verdict == "infeasible":
-            lines.append(f"{name}: {a.threshold:.3f} is out of reach; at most {a.attainable:.3f} is attainable, alone")
         if a.verdict == "never binds":
             lines.append(f"{name}: {a.threshold:.3f} never binds: {a.win_rate:.3f} is reached without asking for it")
-    if any(a.verdict == "infeasible together" for a in plan.objectives.values()):
-        lines.append("each threshold is attainable alone, but not all together: lower one of them")
     s = plan.settings
-    loss = ", ".join(f"{name} {a.pessimism:.3f}" for name, a in plan.objectives.items() if a.role == "secondary")
-    lines.append(
-        f"epsilon     {s.epsilon:.2g} on {s.n_eff:.0f} prompts: constraints are met with that much to spare: {loss}"
-    )
-    if s.refreshes:
+    if plan.feasible:
+        loss = ", ".join(f"{name} {a.pessimism:.3f}" for name, a in plan.objectives.items() if a.role == "secondary")
         lines.append(
-            f"* on the schedule; beta={s.beta:g} t0={s.t0:g} gives up at most {GIVEN_UP:.0%} over the run, and each "
-            "refresh more than its noise"
+            f"epsilon     {s.epsilon:.2g} on {s.n_eff:.0f} prompts: constraints are met with that much to spare: {loss}"
         )
-    else:
-        lines.append("t0          inf: every threshold is your own, and a lagged reference would only move the optimum")
-    need = ", ".join(f"{name} {a.pairs_needed}" for name, a in plan.objectives.items())
-    lines.append(f"pairs       for ±{WANTED:g} from labels at this optimum: {need}; held out are {plan.labelled_pairs}")
-    need = ", ".join(f"{name} {a.prompts_needed}" for name, a in plan.objectives.items())
-    lines.append(f"prompts     for ±{WANTED:g} from samples of the policy (onpolicy.prompts): {need}")
+    lines.append(_schedule(plan))
+    if plan.feasible:
+        need = ", ".join(f"{name} {a.pairs_needed}" for name, a in plan.objectives.items())
+        lines.append(
+            f"pairs       for ±{WANTED:g} from labels at this optimum: {need}; held out are {plan.labelled_pairs}"
+        )
+        need = ", ".join(f"{name} {a.prompts_needed}" for name, a in plan.objectives.items())
+        lines.append(
+            f"prompts     for ±{WANTED:g} from samples of the policy (onpolicy.prompts): {need}; held out are "
+            f"{plan.heldout_prompts}"
+        )
     for front in plan.pairs:
         if front.distance is not None:
             lines.append(f"{front.primary} over {front.secondary}: {front.distance:.3f} from the exact front at most")
     return lines
+
+
+def _reach(plan: Plan) -> list[str]:
+    """Which thresholds are out of reach, and what is attainable instead."""
+    if plan.feasible:
+        return []
+    beyond = {name: a for name, a in plan.objectives.items() if a.verdict == "infeasible"}
+    lines = [
+        f"{name}: {a.threshold:.3f} is out of reach; at most {a.attainable:.3f} is attainable, alone"
+        for name, a in beyond.items()
+    ]
+    together = {n: a for n, a in plan.objectives.items() if a.verdict == "infeasible together"}
+    if together:
+        bounds = {name: a.threshold for name, a in together.items() if a.threshold is not None}
+        shortfall = None if beyond else plan.shortfall
+        lines.append(out_of_reach(bounds, {name: a.attainable for name, a in together.items()}, shortfall))
+    return [*lines, "so there is no optimum to predict: lower a threshold"]
+
+
+def _schedule(plan: Plan) -> str:
+    """Whose the thresholds are, and what becomes of those that are nobody's."""
+    s, scheduled = plan.settings, [name for name, a in plan.objectives.items() if a.scheduled]
+    if not scheduled:
+        return "t0          inf: every threshold is your own, and a lagged reference would only move the optimum"
+    if s.refreshes:
+        return (
+            f"* on the schedule; beta={s.beta:g} t0={s.t0:g} gives up at most {GIVEN_UP:.0%} over the run, and each "
+            "refresh more than its noise"
+        )
+    return (
+        f"* where the schedule starts, and stays: one refresh is worth its noise after t0={s.t0:g} steps, and steps="
+        f"{s.steps}; for another, set objectives.{scheduled[0]}.threshold"
+    )

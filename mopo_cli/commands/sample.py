@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,9 @@ from mopo_cli.base.types import Corpus, Example, Text
 from mopo_cli.config import compose
 from mopo_cli.config.schema import SampleConfig
 from mopo_cli.data.directions import directions_of, parsed
-from mopo_cli.data.prepare import resolve_objectives
+from mopo_cli.data.prepare import as_text, resolve_objectives
+from mopo_cli.data.readers import SUFFIXES, read_rows
+from mopo_cli.data.rows import prompt_in
 from mopo_cli.evaluation.entrants import MODEL_FILES, Entrant, finished_run
 from mopo_cli.evaluation.loading import encoder_of, load_policy, load_run, model_of
 from mopo_cli.evaluation.prompts import in_form_of, known_example
@@ -42,7 +43,9 @@ def command(composed: DictConfig, prompt: str | None = None) -> int:
     for example, text in zip(examples, prompts, strict=True):
         size = len(models.policy.encoder.conditioned(condition).prompt_ids(example.prompt, example.responses[0]))
         if size >= limit:
-            raise UserError(f"prompt {text[:40]!r}: its {size} tokens fill the context of {limit} (model.max_length)")
+            raise UserError(
+                f"prompt {as_text(text)[:40]!r}: its {size} tokens fill the context of {limit} (model.max_length)"
+            )
     seed = settings.seed + POLICY_SEED
     responses = sampled_responses(models.policy, examples, settings.n, settings.sampling, seed, condition)
     rates = judged(settings, entrant, models, features, examples, responses) if features else {}
@@ -50,7 +53,7 @@ def command(composed: DictConfig, prompt: str | None = None) -> int:
         say(f"told: {condition}")
     for i, text in enumerate(prompts):
         if len(prompts) > 1:
-            say(("" if i == 0 else "\n") + f"> {printable(text)}")
+            say(("" if i == 0 else "\n") + f"> {printable(as_text(text))}")
         for m, response in enumerate(responses.texts[i]):
             mark = f"[{m + 1}]  " if settings.n > 1 else ""
             line = mark + "  ".join(f"{name} {of_prompts[i][m]:.2f}" for name, of_prompts in rates.items())
@@ -60,38 +63,33 @@ def command(composed: DictConfig, prompt: str | None = None) -> int:
     return 0
 
 
-def asked_prompts(settings: SampleConfig, prompt: str | None) -> list[str]:
+def asked_prompts(settings: SampleConfig, prompt: str | None) -> list[Text]:
     """The prompts of the command line, of standard input or of a file; UserError where there is none."""
     if (prompt is None) == (settings.prompts is None):
         both = "both prompt and prompts are" if prompt is not None else "neither prompt nor prompts is"
         raise UserError(f'{both} set; give one, as prompt="How do I boil an egg?", prompt=- or prompts=FILE')
     if settings.prompts is not None:
-        return prompts_of(Path(settings.prompts).expanduser())
+        return prompts_of(settings.prompts)
     text = sys.stdin.read().removesuffix("\n") if prompt == "-" else str(prompt)
     if not text.strip():
         raise UserError("prompt: is empty")
     return [text]
 
 
-def prompts_of(path: Path) -> list[str]:
-    """One prompt a line: as text, or in a JSON Lines file as the value of `prompt`."""
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompts={path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    if not lines:
+def prompts_of(file: str) -> list[Text]:
+    """One prompt a line of a text file; of a file that data sets come in, the prompt of each row, read as theirs."""
+    path = Path(file).expanduser()
+    if path.name.endswith(SUFFIXES) and path.is_file():
+        prompts = [prompt_in(row, where) for where, row in read_rows(str(path))]
+    else:
+        try:
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"prompts={path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        prompts = [line.removesuffix("\r") for line in lines if line.strip()]
+    if not prompts:
         raise UserError(f"prompts={path}: holds no prompts")
-    return [_prompt(line, f"{path}:{n}") for n, line in enumerate(lines, 1)] if path.suffix == ".jsonl" else lines
-
-
-def _prompt(line: str, where: str) -> str:
-    try:
-        prompt = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f'{where}: expected a JSON object with a prompt, as {{"prompt": "..."}}') from None
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise UserError(f"{where}: prompt must be a string that is not empty")
-    return prompt
+    return prompts
 
 
 def entrant_of(settings: SampleConfig) -> Entrant:
@@ -127,9 +125,14 @@ def load_models(settings: SampleConfig, entrant: Entrant) -> tuple[Models, Prefe
     return load_run(entrant, encoder, judges, compared=judges)
 
 
-def example_of(settings: SampleConfig, entrant: Entrant, prompt: str) -> Example:
-    """The prompt in the form that the model knows, with what stands for a response, which tells how a prompt ends."""
+def example_of(settings: SampleConfig, entrant: Entrant, prompt: Text) -> Example:
+    """The prompt in the form that the model knows, with what stands for a response, which tells how a prompt ends.
+
+    Messages have their form already.
+    """
     example, response = known_example(entrant.run) if entrant.trained else ("", "x")
+    if not isinstance(prompt, str):
+        return Example(prompt, (response,), (), ())
     chat = settings.chat
     text: Text = [{"role": "user", "content": prompt}] if chat else prompt
     if chat is None:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.secrets import masked_command
 from mopo_cli.config import compose, schema, trust
+from mopo_cli.config.overrides import in_grammar
 from mopo_cli.runs.directory import RunDirectory, open_run
 from mopo_cli.sweeps.board import show_plan
 from mopo_cli.sweeps.engine import Sweep, check, record_of
@@ -71,7 +72,7 @@ def command(overrides: Sequence[str], user_config_dir: str | None, show_config: 
     try:
         by_point = dict(zip((trial.point.id for trial in composed_trials), trials, strict=True))
         sweep = Sweep(directory, settings.retry, points, by_point, user_config_dir)
-        again.append(f"sweep.dir={compose.in_grammar(str(directory))}")
+        again.append(f"sweep.dir={in_grammar(str(directory))}")
         return sweep.run(launcher, earlier, list(seconds.values()), masked_command(again))
     finally:
         lock.close()

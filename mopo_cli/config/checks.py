@@ -22,6 +22,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_typ
 from mopo_cli.base.errors import UserError
 
 T = TypeVar("T")
+LARGEST = 2**63 - 1  # of the whole numbers that arrays and tensors hold
 PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 
 
@@ -98,7 +99,9 @@ def _check_value(value: Any, hint: Any, key: str) -> None:
 
 def _is(value: Any, kind: type) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number if kind is float else type(value) is int if kind is int else isinstance(value, kind)
+    if kind is int:
+        return type(value) is int and abs(value) <= LARGEST
+    return number if kind is float else isinstance(value, kind)
 
 
 def normalised_weights(

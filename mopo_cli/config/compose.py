@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,11 +25,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.secrets import masked
+from mopo_cli.base.text import flat, shown
 from mopo_cli.config.checks import checked
+from mopo_cli.config.overrides import GROUPS, PATHS, unreadable
 from mopo_cli.config.schema import TrainConfig
 
-GROUPS = ("dataset", "model", "objectives", "scorers", "algorithm", "hparams", "logger", "structures", "experiment")
-GROUPS += ("sweeper", "launcher")
+THEIRS = (ValueError, TypeError, AttributeError, KeyError, RecursionError)  # that Hydra lets out of a strange override
+NAMES = ("run.name", "sweep.name", "name")  # of directories
+NAME_BYTES, PATH_BYTES = 255, 4095  # that a file's name, and its path, may have
+SPARE = 15  # bytes of a name for what is written beside it: .NAME.tmp
 
 
 def config_dir() -> Path:
@@ -48,24 +53,69 @@ def compose(command: str, overrides: list[str], user_config_dir: str | None = No
         try:
             config = hydra_compose(command, overrides)
             OmegaConf.resolve(config)
-            return config
         except OverrideParseException as error:
-            reason = _one_line(error).partition(" See https://")[0]
-            raise UserError(f"cannot read the override {error.override!r}: expected key=value ({reason})") from error
+            raise unreadable(error.override, _one_line(error).partition(" See https://")[0]) from error
         except MissingConfigException as error:
             raise UserError(_missing_option(error)) from error
         except ConfigCompositionException as error:
             raise UserError(_unknown_key(command, overrides, error)) from error
-        except (HydraException, OmegaConfBaseException, ValueError) as error:  # dataset=null is a ValueError
-            raise UserError(_one_line(error)) from error
+        except (HydraException, OmegaConfBaseException, *THEIRS) as error:
+            raise UserError(_one_line(error) or f"cannot compose {' '.join(overrides)}") from error
+    _check_used(config, overrides)
+    check_places(config)
+    return config
 
 
-def in_grammar(text: str) -> str:
-    """A string as the value of an override: as it is, or quoted where Hydra would read it otherwise."""
-    if re.fullmatch(r"[\w./-]+", text):
-        return text
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
+def _check_used(config: DictConfig, overrides: Sequence[str]) -> None:
+    """UserError where model.path was given, and the weights and the tokenizer of the chosen model are made anew."""
+    given = next(
+        (o for o in overrides if o.lstrip("+").startswith("model.path=") and o.partition("=")[2] != "null"), ""
+    )
+    model = config.get("model") if given else None
+    if model and model.init == "random" and model.architecture and model.tokenizer.train:
+        raise UserError(
+            f"{given}: model={model.name} is made of random weights and would not read it; add model=local to take the "
+            "weights there (or model.init=pretrained)"
+        )
+
+
+def check_places(config: DictConfig) -> None:
+    """UserError where a name of the config is none that a directory can have, or a path none that a file can have."""
+    for key, value in flat(OmegaConf.to_container(config)):  # type: ignore[arg-type]
+        texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+        if any("\0" in text for text in texts):
+            raise UserError(f"{key}: holds a null character, which no text here can have")
+        if key in NAMES:
+            _check_name(key, str(value))
+        elif PATHS.fullmatch(key):
+            for text in texts:
+                _check_path(key, text)
+
+
+def _check_name(key: str, name: str) -> None:
+    be = None
+    if not name.strip() or name in (".", ".."):
+        be = "must be a name"
+    elif "/" in name or os.sep in name:
+        be = f"must be a name without {os.sep}; {key.replace('name', 'dir')}=DIR puts it anywhere"
+    elif not name.isprintable():
+        be = "must be a name of printable characters"
+    elif (size := len(os.fsencode(name))) > NAME_BYTES - SPARE:
+        be = f"must be {NAME_BYTES - SPARE} bytes or less; found {size}"
+    if be:
+        raise UserError(f"{key}={name!r}: {be}" if not name.isprintable() else f"{key}={shown(name)}: {be}")
+
+
+def _check_path(key: str, path: str) -> None:
+    if path.startswith("~") and os.path.expanduser(path) == path:
+        raise UserError(f"{key}={path}: no such user; a name that starts with ~ is written ./{path}")
+    try:
+        sizes = [len(os.fsencode(part)) for part in path.split("/")]
+    except UnicodeEncodeError:
+        raise UserError(f"{key}={path!r}: no file can have this name (half a character)") from None
+    if max(sizes) > NAME_BYTES or sum(sizes) + len(sizes) > PATH_BYTES:
+        at_most = f"{NAME_BYTES} bytes or less between two /, and {PATH_BYTES} in all"
+        raise UserError(f"{key}={path[:60]}…: must be {at_most}")
 
 
 def check_experiment(command: str, overrides: Sequence[str], user_config_dir: str | None = None) -> None:
@@ -101,7 +151,7 @@ def command_groups(command: str) -> list[str]:
 
 def _missing_option(error: MissingConfigException) -> str:
     name = str(error.missing_cfg_file or "")
-    group, _, option = name.rpartition("/")
+    group, _, option = name.partition("/")
     if group not in GROUPS:
         return _one_line(error)
     options = group_options(group)
@@ -119,8 +169,13 @@ def _unknown_key(command: str, overrides: list[str], error: ConfigCompositionExc
     if not found:
         return text
     # The keys of the groups that the user chose: dataset=pairs has others than the default.
-    keys = _keys(hydra_compose(command, [override for override in overrides if _chooses_group(override)]))
-    key = found.group(1)
+    groups, key = command_groups(command), found.group(1)
+    try:
+        keys = _keys(hydra_compose(command, [override for override in overrides if _chooses_group(override, groups)]))
+    except (HydraException, *THEIRS):  # one of these was at fault
+        keys = _keys(hydra_compose(command, []))
+    if key in keys:
+        return f"{key}: cannot be set so; give one of its keys a value"
     parent = _deepest_parent(key, keys)
     siblings = ", ".join(_children(parent, keys))
     close = _closest_key(key, parent, keys)
@@ -128,10 +183,9 @@ def _unknown_key(command: str, overrides: list[str], error: ConfigCompositionExc
     return f"{key}: no such key{hint}. Allowed{f' in {parent}' if parent else ''}: {siblings}"
 
 
-def _chooses_group(override: str) -> bool:
+def _chooses_group(override: str, groups: Sequence[str]) -> bool:
     name, equals, value = override.partition("=")
-    group = name.lstrip("+").partition("@")[0]
-    return bool(equals and value) and (group == "hydra.searchpath" or (group != "" and (config_dir() / group).is_dir()))
+    return bool(equals and value) and name.lstrip("+") in ("hydra.searchpath", *groups)
 
 
 def _deepest_parent(key: str, keys: list[str]) -> str:
@@ -177,6 +231,9 @@ def typed(config: DictConfig, schema: type, prefix: str = "") -> Any:
     if unknown:
         hint = _did_you_mean(unknown[0], list(fields))
         raise UserError(f"{prefix}{unknown[0]}: no such key{hint}. Allowed: {', '.join(fields)}")
+    missing = [str(key) for key in config if OmegaConf.is_missing(config, key)]
+    if missing:
+        raise UserError(f"{prefix}{missing[0]}=???: must have a value")
     values = {key: config[key] for key in config if key in fields}
     if isinstance(values.get("debug"), bool) and fields["debug"].type != "bool":
         values["debug"] = {"traceback": values["debug"]}
@@ -186,10 +243,22 @@ def typed(config: DictConfig, schema: type, prefix: str = "") -> Any:
             inside = f" ({', '.join(map(str, empty[key]))})" if empty[key] else ""
             raise UserError(f"{prefix}{key}: {value} is no group of keys{inside}")
     try:
-        return checked(OmegaConf.to_object(OmegaConf.merge(empty, values)), prefix)
+        merged = OmegaConf.merge(empty, values)
+        _check_truths(values, merged, prefix)
+        return checked(OmegaConf.to_object(merged), prefix)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "config"
         raise UserError(f"{prefix}{key}: {str(error).splitlines()[0]}") from error
+
+
+def _check_truths(given: Mapping[str, Any], merged: Any, prefix: str) -> None:
+    """UserError where a number but 0 and 1 stands for true or false: OmegaConf takes any."""
+    for key, value in given.items():
+        inside = merged.get(key)
+        if isinstance(value, Mapping) and OmegaConf.is_dict(inside):
+            _check_truths(value, inside, f"{prefix}{key}.")
+        elif isinstance(inside, bool) and type(value) is int and value not in (0, 1):
+            raise UserError(f"{prefix}{key}={value}: must be true or false")
 
 
 def algorithm_name(config: TrainConfig) -> str:

@@ -14,6 +14,7 @@ from mopo_cli.config.checks import Must, above, at_least, between, each, one_of
 
 Count = Annotated[int, at_least(1)]
 Positive = Annotated[float, above(0)]
+Seed = Annotated[int, Must("a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32)]  # as NumPy's
 Tau = Annotated[float, above(0, "a number above 0 (KL strength)")]
 Dtype = Annotated[str, one_of("float32", "bfloat16", "float16")]
 
@@ -147,7 +148,7 @@ class EvaluationConfig:
 @dataclass
 class LoggerConfig:
     name: str = "none"
-    project: str = "mopo"
+    project: str | None = None  # WANDB_PROJECT, else mopo
     entity: str | None = None
     group: str | None = None
     tags: list[str] = field(default_factory=list)
@@ -184,7 +185,7 @@ class TrainConfig:
     gradient_accumulation: Count = 1
     # tokens that go through the model at once; None: a step's rows as they come
     token_budget: Annotated[int | None, at_least(1, "a number of tokens, 1 or more")] = None
-    seed: int = 0
+    seed: Seed = 0
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     preference_model: PreferenceModelConfig = field(default_factory=PreferenceModelConfig)
@@ -234,7 +235,7 @@ class DataConfig:
     dataset: dict[str, Any] = field(default_factory=dict)
     objectives: dict[str, ObjectiveConfig] = field(default_factory=dict)
     json: str | None = None  # a file for the numbers
-    seed: int = 0
+    seed: Seed = 0
     debug: bool = False
 
     def check_together(self, key: str) -> None:
@@ -279,9 +280,22 @@ class EvalConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    seed: int = 0
+    seed: Seed = 0
     allow_code: bool = False  # what a run's config names besides mopo's own code is run
     debug: bool = False
+
+    def check_together(self, key: str) -> None:
+        check_trained(self.model)
+        if self.run is not None and self.model.path is not None:
+            raise UserError(f"run and model.path: give one; a plain model is run={self.model.path} beside the others")
+
+
+def check_trained(model: ModelConfig) -> None:
+    """UserError where a model that is to respond would be made of random weights, whatever model.path says."""
+    if model.init == "random":
+        raise UserError(
+            f"model={model.name or 'random'}: model.init=random makes weights that nobody has trained; use model=local"
+        )
 
 
 @dataclass
@@ -309,9 +323,14 @@ class SampleConfig:
     compare: Annotated[int, at_least(0)] = 8
     model: ModelConfig = field(default_factory=ModelConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    seed: int = 0
+    seed: Seed = 0
     allow_code: bool = False  # what a run's config names besides mopo's own code is run
     debug: bool = False
+
+    def check_together(self, key: str) -> None:
+        check_trained(self.model)
+        if self.run is not None and self.model.path is not None:
+            raise UserError("run and model.path: give one; a plain model may be either")
 
 
 @dataclass
@@ -325,7 +344,7 @@ class ReportConfig:
     samples: Annotated[int, at_least(0)] = 20  # prompts shown side by side
     bootstrap: Annotated[int, at_least(0)] = 500
     figures: bool = True  # PNG and SVG of each figure, too
-    seed: int = 0
+    seed: Seed = 0
     debug: bool = False
 
     def check_together(self, key: str) -> None:
@@ -371,7 +390,7 @@ class SyntheticConfig:
     steps: Count = 200
     every: Count = 20
     learning_rate: Positive = 0.1
-    seed: int = 0
+    seed: Seed = 0
     processes: int | None = None
     run: RunConfig = field(default_factory=RunConfig)
     debug: bool = False

@@ -14,12 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from mopo_cli.base.console import count_rows
 from mopo_cli.base.errors import UserError
+from mopo_cli.base.processes import ONE_THREAD, TOKENIZERS
 from mopo_cli.base.types import Example, Text
 from mopo_cli.data.batches import BLOCK_ROWS
 from mopo_cli.data.prepare import transcript
 from mopo_cli.data.table import TableBuilder, TokenRow, TokenTable
-
-PARALLEL = "TOKENIZERS_PARALLELISM"
 
 
 class Encoder:
@@ -205,12 +204,14 @@ class Encoder:
 @contextmanager
 def _tokenizer_threads() -> Iterator[None]:
     """Lets tokenizers use all cores inside, and none after: a process that forks later must not meet its threads."""
-    before = os.environ.get(PARALLEL)
-    os.environ[PARALLEL] = "true"
+    if os.environ.get(TOKENIZERS, ONE_THREAD) != ONE_THREAD:  # the user's own choice
+        yield
+        return
+    os.environ[TOKENIZERS] = "true"
     try:
         yield
     finally:
-        os.environ[PARALLEL] = before or "false"
+        os.environ[TOKENIZERS] = ONE_THREAD
 
 
 def _told(prompt: Text, condition: str, system: bool) -> Text:

@@ -335,3 +335,9 @@ def _missing_key(what: str, row: dict[str, Any], where: str) -> UserError:
 
 def _show(value: Any) -> str:
     return "null" if value is None else reprlib.repr(value)
+
+
+def prompt_in(row: Mapping[str, Any], where: str) -> Text:
+    """The prompt of a row that need hold nothing else: text or messages. UserError where it holds none."""
+    _require(dict(row), ("prompt",), where)
+    return _text(row["prompt"], where, "prompt")

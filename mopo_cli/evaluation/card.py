@@ -11,6 +11,7 @@ import yaml
 from mopo_cli.base.secrets import masked
 from mopo_cli.base.text import one_line, prompts_told
 from mopo_cli.data.directions import Directions, Levels, weighed
+from mopo_cli.runs.constraints import Constraint, asked_of, constraints_of, known_oracle, out_of_reach, verdict_of
 
 UNDECIDED = {True: "undecided (the interval holds the threshold)", False: "undecided (too few test prompts)"}
 
@@ -37,7 +38,7 @@ def model_card(
     lines += [
         f"Aligned from `{_code(base)}` with mopo {summary['versions']['mopo']} ({_method(settings, summary)}tau "
         f"{settings['tau']:g}, {summary['train']['steps']} steps, seed {summary['seed']}): "
-        f"{_aim(settings, summary)}.",
+        f"{_aim(settings, summary, measured)}.",
         "",
         *_objectives(measured),
         *_beside(measured),
@@ -71,16 +72,27 @@ def _method(settings: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     return f"{_text(name)}, " if name else ""
 
 
-def _aim(settings: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    """What was asked of the model: as its algorithm says, else its primary objective under thresholds."""
+def _aim(settings: Mapping[str, Any], summary: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
+    """What was asked of the model: as its algorithm says, else its primary objective under thresholds, each with what
+    became of it where it is not surely kept."""
     objectives = summary["objectives"]
     primary = next((name for name, o in objectives.items() if o["role"] == "primary"), "its objective")
     aim = summary.get("aim")
     if aim is None:
         aim = _earlier_aim(settings.get("algorithm") or {}, primary)
-    bounds = {name: o["threshold"] for name, o in objectives.items() if o["threshold"] is not None}
-    constraints = " and ".join(f"{name} at least {b:.3f}" for name, b in bounds.items())
-    return _text(aim or f"as {primary} as possible" + (f", with {constraints}" if constraints else ""))
+    later = {
+        n: o for n, o in measured["objectives"].items() if o.get("threshold") == objectives.get(n, {}).get("threshold")
+    }
+    asked = asked_of(settings) or {name: o["threshold"] for name, o in objectives.items()}
+    constraints = constraints_of({**objectives, **later}, measured.get("oracle"), asked)
+    bounds = " and ".join(map(_bound, constraints))
+    return _text(aim or f"as {primary} as possible" + (f", with {bounds}" if bounds else ""))
+
+
+def _bound(constraint: Constraint) -> str:
+    own = "" if constraint.asked else ", which the run set itself"
+    became = "" if constraint.verdict in ("yes", "") else f" ({constraint.outcome})"
+    return f"{constraint.name} at least {constraint.threshold:.3f}{own}{became}"
 
 
 def _earlier_aim(algorithm: Mapping[str, Any], primary: str) -> str:
@@ -98,14 +110,14 @@ def _objectives(measured: Mapping[str, Any]) -> list[str]:
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, o in measured["objectives"].items():
         low, high = (math.nan if end is None else end for end in o["win_rate_ci95"])
-        known, kept = not math.isnan(low), o.get("satisfied_with_confidence") or ""
+        known = not math.isnan(low)
         cells = {
             "objective": _text(name),
             "role": o["role"],
             "threshold": "" if o["threshold"] is None else f"{o['threshold']:.3f}",
             "win rate": f"{o['win_rate']:.3f}",
             "95 % CI": f"{low:.3f} to {high:.3f}" if known else "",
-            "kept": UNDECIDED[known] if kept == "undecided" else kept,
+            "kept": UNDECIDED[known] if (kept := verdict_of(o)) == "undecided" else kept,
             "judged by": _text(o["judge"]),
         }
         lines.append(f"| {' | '.join(cells[head] for head in heads)} |")
@@ -121,6 +133,11 @@ def _beside(measured: Mapping[str, Any]) -> list[str]:
         mass = measured["oracle"].get("support_mass")
         only = "" if mass is None else f" (of the world's responses, {mass:.1%} of what the policy says)"
         lines += ["", f"Exact win rates{only}: {exact}."]
+    oracle = known_oracle(measured)
+    if not oracle.get("feasible", True):
+        bounds = {n: o["threshold"] for n, o in measured["objectives"].items() if o["threshold"] is not None}
+        reason = out_of_reach(bounds, oracle.get("attainable") or {}, oracle.get("shortfall"))
+        lines += ["", f"No policy keeps these thresholds: {_text(reason)}."]
     return lines
 
 

@@ -44,14 +44,15 @@ def exact_evaluation(
     bounds = np.array([thresholds.get(name, -math.inf) for name in names[1:]])
     best = oracle.solve(win_rates, log_reference, tau, bounds)
     reached = oracle.policy_win_rates(log_policy, win_rates)
+    met = best if best.feasible else None
     return Exact(
         win_rate=rates.win_rate,
-        optimum=_named(names, best.win_rates),
-        gap=float(best.win_rates[0] - reached[0]),
+        optimum=met and _named(names, met.win_rates),
+        gap=met and float(met.win_rates[0] - reached[0]),
         kl=oracle.mean_kl(log_policy, log_reference),
-        optimum_kl=best.kl,
-        optimum_duals=_named(names[1:], best.duals),
-        duality_gap=best.duality_gap,
+        optimum_kl=met and met.kl,
+        optimum_duals=met and _named(names[1:], met.duals),
+        duality_gap=met and met.duality_gap,
         feasible=best.feasible,
         attainable=_named(names[1:], best.attainable),
         reference=_named(names, oracle.policy_win_rates(log_reference, win_rates)),
@@ -60,6 +61,7 @@ def exact_evaluation(
         prompts=rates.prompts,
         independent_prompts=rates.independent_prompts,
         front=[_named(names, point) for point in exact_front(win_rates)],
+        shortfall=best.shortfall,
     )
 
 

@@ -89,18 +89,22 @@ class ExactRates:
 
 @dataclass(frozen=True, slots=True)
 class Exact(ExactRates):
-    """Exact numbers of an enumerable world; `gap` is how much of the optimum's primary win rate is missing."""
+    """Exact numbers of an enumerable world; `gap` is how much of the optimum's primary win rate is missing.
 
-    optimum: dict[str, float]
-    gap: float
+    Thresholds that are out of reach have no optimum: everything about one is None.
+    """
+
+    optimum: dict[str, float] | None
+    gap: float | None
     kl: float
-    optimum_kl: float
-    optimum_duals: dict[str, float]
-    duality_gap: float
+    optimum_kl: float | None
+    optimum_duals: dict[str, float] | None
+    duality_gap: float | None
     feasible: bool
     attainable: dict[str, float]
     reference: dict[str, float]
     front: list[dict[str, float]] = field(default_factory=list)  # vertices of the exact front, whatever the KL
+    shortfall: float = 0.0  # what all thresholds must be lowered by before they can be met together
 
 
 @dataclass(frozen=True, slots=True)

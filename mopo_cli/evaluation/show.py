@@ -16,6 +16,7 @@ from mopo_cli.base.files import write_atomic, write_json
 from mopo_cli.evaluation.compare import Compared
 from mopo_cli.evaluation.records import Evaluation, Exact, Measured, ScoredSample
 from mopo_cli.maths.significance import LEVEL, WORSE, Comparison
+from mopo_cli.runs.constraints import OWN_MARK, OWN_NOTE, asked_of, out_of_reach
 from mopo_cli.runs.directory import RunDirectory
 
 SHOWN = 12  # pairs of runs whose comparison is printed; evaluation.json has all of them
@@ -54,12 +55,17 @@ def write_lines(path: Path, records: Iterable[Mapping[str, object]]) -> None:
 # --------------------------------------------------------------------------------------------- one entrant
 def show_evaluation(evaluation: Evaluation, columns: Sequence[str]) -> None:
     """The table of one entrant's objectives and scorers, with these columns."""
-    table = _table(columns, ("objective", "role"))
+    table, set_by_itself = _table(columns, ("objective", "role")), _set_by_itself(evaluation)
     for name, measured in evaluation.measured.items():
-        cells = _cells(name, measured, evaluation.oracle)
+        cells = _cells(name, measured, evaluation.oracle, own=name in set_by_itself)
         table.add_row(*(cells[column] for column in columns))
     show(table)
     _explain_doubt(evaluation.measured.values())
+    if set_by_itself:
+        say(OWN_NOTE)
+    if (oracle := evaluation.oracle) and not oracle.feasible:
+        bounds = {n: m.threshold for n, m in evaluation.objectives.items() if m.threshold is not None}
+        say(f"no optimum: {out_of_reach(bounds, oracle.attainable, oracle.shortfall)}")
     say(evaluation.asked + _conditional_on(evaluation))
 
 
@@ -69,18 +75,32 @@ def _conditional_on(evaluation: Evaluation) -> str:
     return "" if mass is None else f"; exact: of the world's responses, {mass:.1%} of what the policy says"
 
 
-def _cells(name: str, measured: Measured, oracle: Exact | None) -> dict[str, str]:
+def _set_by_itself(evaluation: Evaluation) -> set[str]:
+    """Objectives whose threshold is the run's own, as no user has asked for one."""
+    config = RunDirectory(Path(evaluation.path)).config
+    asked = asked_of(RunDirectory(Path(evaluation.path)).settings()) if config.is_file() else {}
+    measured = evaluation.objectives.items()
+    return {name for name, m in measured if m.threshold is not None and name in asked and asked[name] is None}
+
+
+def _optimum(oracle: Exact | None, bounded: bool = True) -> list[str]:
+    """The columns of exact numbers: where thresholds are out of reach, what is attainable takes the optimum's place."""
+    return ["exact", *["optimum" if oracle.feasible else "attainable"] * bounded] if oracle else []
+
+
+def _cells(name: str, measured: Measured, oracle: Exact | None, own: bool) -> dict[str, str]:
     return {
         "objective": escape(name),
         "role": measured.role,
-        "threshold": _number(measured.threshold),
+        "threshold": _number(measured.threshold) + OWN_MARK * own,
         "win rate": _interval(measured.win_rate, measured.win_rate_ci95),
         "satisfied": _satisfied(measured),
         "against reference": _interval(measured.reference_win_rate, measured.reference_win_rate_ci95),
         "score": "" if math.isnan(measured.normalised_score) else f"{measured.normalised_score:+.2f}",
         "judge": escape(measured.judge),
         "exact": _number(oracle.win_rate.get(name)) if oracle else "",
-        "optimum": _number(oracle.optimum.get(name)) if oracle else "",
+        "optimum": _number((oracle.optimum or {}).get(name)) if oracle else "",
+        "attainable": _number(oracle.attainable.get(name)) if oracle else "",
     }
 
 
@@ -89,10 +109,11 @@ def show_results(evaluation: Evaluation, run: RunDirectory) -> None:
     oracle, objectives = evaluation.oracle, evaluation.objectives.values()
     bounded = len(objectives) == 1 or any(measured.threshold is not None for measured in objectives)
     columns = ["objective", "role", *["threshold"] * bounded, "win rate", *["satisfied"] * bounded]
-    columns += ["exact", *["optimum"] * bounded] if oracle else []
+    columns += _optimum(oracle, bounded)
     say("")
     show_evaluation(evaluation, columns)
-    _say_kl(evaluation, f", optimum {oracle.optimum_kl:.3f}" if oracle and bounded else "")
+    known = oracle is not None and oracle.optimum_kl is not None and bounded
+    _say_kl(evaluation, f", optimum {oracle.optimum_kl:.3f}" if known else "")  # type: ignore[union-attr]
     say("")
     say(f"run directory  {run.path}")
     say(f"summary        {run.summary}")
@@ -107,7 +128,7 @@ def _show_one(evaluation: Evaluation) -> None:
     words, before = evaluation.wording, evaluation.reference_wording
     compared = any(not math.isnan(measured.reference_win_rate) for measured in evaluation.measured.values())
     columns = ["objective", "role", "threshold", "win rate", "satisfied", *["against reference"] * compared]
-    columns += ["score", "judge", *["exact", "optimum"] * (evaluation.oracle is not None)]
+    columns += ["score", "judge", *_optimum(evaluation.oracle)]
     show_evaluation(evaluation, columns)
     text = f"{evaluation.responses} responses of {words.words:.1f} words; distinct words "
     text += f"{words.distinct_1:.3f}, pairs of words {words.distinct_2:.3f}"

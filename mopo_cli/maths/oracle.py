@@ -15,8 +15,10 @@ import numpy as np
 from scipy.optimize import linprog
 from scipy.special import logsumexp
 
-CERTAIN = 1e-8  # a KKT residual below this is a solution
-MAX_DUAL = 1e4  # a multiplier beyond this means a threshold on the edge of what is attainable
+CERTAIN = 1e-8  # a KKT residual below this, per unit of 1 + the multipliers' sum, is a solution
+MAX_TILT = 1e9  # a multiplier beyond this many tau means a threshold on the edge of what is attainable
+EDGE = 1e-9  # of win rate: thresholds that leave less slack than this count as out of reach
+NORMALISED = 1e-6  # by which a prompt's reference probabilities may miss one in sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,7 @@ class Optimum:
     kkt_residual: float  # the largest violation of R_j >= b_j and of lambda_j (R_j - b_j) = 0
     feasible: bool
     attainable: np.ndarray  # (K-1,) the largest R_j that any policy on the support reaches, each alone
+    shortfall: float = 0.0  # what all thresholds must be lowered by before they can be met together
 
 
 def tilt(win_rates: np.ndarray, log_reference: np.ndarray, tau: float, duals: np.ndarray) -> np.ndarray:
@@ -102,20 +105,40 @@ def solve(
 
     win_rates (N, A, K) p_bar; log_reference (N, A), normalised, -inf outside the support; thresholds (K-1,) b, where
     -inf means unconstrained. Infeasible thresholds give feasible=False and the policy at the largest multipliers tried.
+    ValueError, with the place, where a number is none or the reference is no distribution.
     """
     win_rates, log_reference = np.asarray(win_rates, np.float64), np.asarray(log_reference, np.float64)
     thresholds = np.asarray(thresholds, np.float64)
+    _check(win_rates, log_reference, tau, thresholds)
     best = attainable(win_rates, log_reference)[1:]
     asked = np.flatnonzero(np.isfinite(thresholds))
-    duals = np.zeros(len(thresholds)) if start is None else np.clip(start, 0.0, 0.01 * MAX_DUAL)
+    duals = np.zeros(len(thresholds)) if start is None else np.clip(start, 0.0, 1e-3 * MAX_TILT * tau)
     duals[np.setdiff1d(np.arange(len(duals)), asked)] = 0.0
     if len(asked):
         duals = _minimise_dual(win_rates, log_reference, tau, thresholds, asked, duals)
     found = _certify(win_rates, log_reference, tau, thresholds, duals, best)
-    if found.kkt_residual < CERTAIN:  # the policy itself shows that the thresholds can be met
+    if found.kkt_residual < CERTAIN * (1.0 + duals.sum()):  # the policy itself shows that the thresholds can be met
         return found
     values = np.where(np.isfinite(log_reference)[:, :, None], win_rates[:, :, asked + 1], -np.inf)
-    return replace(found, feasible=least_slack(values, thresholds[asked]) > 1e-9)
+    slack = least_slack(values, thresholds[asked])
+    return replace(found, feasible=slack > EDGE, shortfall=max(0.0, -slack))
+
+
+def _check(win_rates: np.ndarray, log_reference: np.ndarray, tau: float, thresholds: np.ndarray) -> None:
+    """ValueError where (P) is not posed: what was found, and where."""
+    if not 0 < tau < np.inf:
+        raise ValueError(f"tau={tau}: must be above 0")
+    _refuse("win_rates", win_rates, ~np.isfinite(win_rates), "a number")
+    _refuse("thresholds", thresholds, np.isnan(thresholds) | (thresholds == np.inf), "a number, or -inf for none")
+    _refuse("log_reference", log_reference, np.isnan(log_reference) | (log_reference == np.inf), "a number, or -inf")
+    total = np.exp(log_reference).sum(axis=1)
+    _refuse("sum of exp(log_reference)", total, np.abs(total - 1.0) > NORMALISED, "1: the probabilities of a prompt")
+
+
+def _refuse(name: str, values: np.ndarray, wrong: np.ndarray, allowed: str) -> None:
+    if wrong.any():
+        place = tuple(int(i) for i in np.argwhere(wrong)[0])
+        raise ValueError(f"{name}[{', '.join(map(str, place))}]={values[place]}: must be {allowed}")
 
 
 def dual_value(
@@ -132,40 +155,54 @@ def _minimise_dual(win_rates, log_reference, tau, thresholds, asked, duals):
     temperatures = [tau]
     while temperatures[-1] < 0.05:
         temperatures.append(2.0 * temperatures[-1])
+    duals, secondary = duals.copy(), win_rates[:, :, asked + 1]
     for temperature in reversed(temperatures):
-        duals = _newton(win_rates, log_reference, temperature, thresholds, asked, duals)
+        untilted = log_reference + win_rates[:, :, 0] / temperature
+        tilts = _newton(untilted, secondary, thresholds[asked], duals[asked] / temperature)
+        duals[asked] = temperature * tilts
     return duals
 
 
-def _newton(win_rates, log_reference, tau, thresholds, asked, duals, steps=200, tolerance=1e-11):
-    """Projected Newton on the dual; damping grows where a step does not descend, so a singular Hessian does no harm."""
-    value = dual_value(win_rates, log_reference, tau, thresholds, duals)
-    secondary = win_rates[:, :, asked + 1]
-    damping, noise = 1e-9, 4e-16 * max(1.0, abs(value))
+def _newton(untilted, secondary, thresholds, tilts, steps=300, tolerance=1e-11):
+    """(J,) lambda / tau that minimise the dual / tau, E_x log E_ref exp((p_p + lambda.p) / tau) - lambda.b / tau.
+
+    In these units neither gradient nor Hessian knows tau. Damping grows where a step does not descend, so a singular
+    Hessian does no harm. untilted (N, A): log pi_ref + p_p / tau.
+    """
+
+    def logits_and_value(tilts):
+        logits = untilted + secondary @ tilts
+        total = np.asarray(logsumexp(logits, axis=1, keepdims=True))
+        return logits - total, float(total.mean()) - float(tilts @ thresholds)
+
+    log_policy, value = logits_and_value(tilts)
+    damping = 1e-9
     for _ in range(steps):
-        policy = np.exp(tilt(win_rates, log_reference, tau, duals))
+        policy = np.exp(log_policy)
         means = np.einsum("na,nak->nk", policy, secondary)
-        gradient = means.mean(axis=0) - thresholds[asked]
-        free = (duals[asked] > 0) | (gradient < 0)
-        if not np.any(free) or np.abs(gradient[free]).max() < tolerance or duals.max() >= MAX_DUAL:
+        gradient = means.mean(axis=0) - thresholds
+        free = (tilts > 0) | (gradient < 0)
+        if not np.any(free) or np.abs(gradient[free]).max() < tolerance or tilts.max() >= MAX_TILT:
             break
-        second = np.einsum("na,nak,nal->kl", policy, secondary, secondary) - means.T @ means
-        hessian = second[np.ix_(free, free)] / (len(policy) * tau)
+        deviations = secondary - means[:, None]
+        second = np.einsum("na,nak,nal->kl", policy, deviations, deviations) / len(policy)
+        hessian = second[np.ix_(free, free)]
         scale = np.trace(hessian) / free.sum() + 1e-12
+        noise = 4e-16 * (1.0 + abs(value) + float(tilts @ np.abs(thresholds)))
         moved = False
-        while damping < 1e12 and not moved:
+        while damping < 1e16 and not moved:
             step = -np.linalg.solve(hessian + damping * scale * np.eye(free.sum()), gradient[free])
-            step *= min(1.0, (10.0 + duals.max()) / np.abs(step).max())
-            trial = duals.copy()
-            trial[asked[free]] = np.clip(trial[asked[free]] + step, 0.0, MAX_DUAL)
-            trial_value = dual_value(win_rates, log_reference, tau, thresholds, trial)
-            descent = gradient @ (trial - duals)[asked]
+            step *= min(1.0, (100.0 + tilts.max()) / np.abs(step).max())
+            trial = tilts.copy()
+            trial[free] = np.clip(trial[free] + step, 0.0, MAX_TILT)
+            trial_logits, trial_value = logits_and_value(trial)
+            descent = gradient @ (trial - tilts)
             moved = descent < 0 and trial_value <= value + 1e-4 * descent + noise
             damping = damping / 10 if moved else max(10 * damping, 1e-6)
         if not moved:
             break
-        duals, value, damping = trial, trial_value, max(damping, 1e-9)
-    return duals
+        tilts, log_policy, value, damping = trial, trial_logits, trial_value, max(damping, 1e-9)
+    return tilts
 
 
 def _certify(win_rates, log_reference, tau, thresholds, duals, best) -> Optimum:

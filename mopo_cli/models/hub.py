@@ -25,6 +25,8 @@ from mopo_cli.models import gguf
 SAFE_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
 OLDER_KEYS = ("rope_theta", "rope_scaling", "torch_dtype")  # spellings of transformers 4 that it still reads
+ADAPTER_RECORD = "adapter_config.json"
+WHOLE_WEIGHTS = ("model*.safetensors", "pytorch_model*")  # other tools put a config.json beside an adapter, not these
 HUB_TIMEOUT = 5.0  # seconds until the hub counts as unreachable
 
 
@@ -44,18 +46,21 @@ def read_config(config: ModelConfig) -> PreTrainedConfig:
 
 
 def base_of_adapter(config: ModelConfig) -> ModelConfig | None:
-    """Where model.path holds nothing but a LoRA adapter: the config of the model below it."""
+    """Where model.path holds a LoRA adapter and no whole model: the config of the model below it."""
     path = Path(source(config))
-    record = path / "adapter_config.json"
-    if not record.is_file() or (path / "config.json").is_file():
+    record = path / ADAPTER_RECORD
+    if not record.is_file() or any(next(path.glob(pattern), None) for pattern in WHOLE_WEIGHTS):
         return None
     try:
-        base = json.loads(record.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError) as error:
+        values = json.loads(record.read_text(encoding="utf-8"))
+        base, revision = values["base_model_name_or_path"], values.get("revision")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UserError(f"model.path={config.path}: its adapter_config.json names no base model") from error
     if not base:
         raise UserError(f"model.path={config.path}: an adapter whose base model is not known; merge it into its base")
-    return replace(config, path=base, revision=None)
+    if os.path.realpath(os.path.expanduser(base)) == os.path.realpath(path):
+        raise UserError(f"model.path={config.path}: an adapter that names itself as its base model")
+    return replace(config, path=base, revision=revision)
 
 
 def weight_arguments(config: ModelConfig) -> dict[str, Any]:
@@ -97,7 +102,7 @@ def source(config: ModelConfig) -> str:
         return str(gguf.converted(file))
     if not os.path.isdir(path):
         raise UserError(f"model.path={config.path}: no such directory")
-    if not any((Path(path) / name).is_file() for name in ("config.json", "adapter_config.json")):
+    if not any((Path(path) / name).is_file() for name in ("config.json", ADAPTER_RECORD)):
         raise UserError(f"model.path={config.path}: not a model directory (it has no config.json)")
     check_adapter(Path(path))
     return path
@@ -116,10 +121,11 @@ def check_weights(directory: Path, what: str) -> None:
     if any(next(directory.glob(pattern), None) for pattern in SAFE_WEIGHTS):
         return
     pickles = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
-    found = f"its weights are in {pickles[0]}" if pickles else "it holds no weights"
+    if not pickles:
+        raise UserError(f"{what}: it holds no weights (no file named model.safetensors)")
     raise UserError(
-        f"{what}: {found}; mopo reads safetensors only. Where you trust them, convert them in Python: "
-        "transformers.AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(DIR)"
+        f"{what}: its weights are in {pickles[0]}; mopo reads safetensors only. Where you trust them, convert them in "
+        "Python: transformers.AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(DIR)"
     )
 
 

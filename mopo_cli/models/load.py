@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -32,12 +34,18 @@ from mopo_cli.models.hub import (
     cannot_build,
     cannot_load,
     hub_arguments,
+    is_local,
     read_config,
     source,
     weight_arguments,
     with_key,
 )
-from mopo_cli.models.parts import backbone_of, compute_in, unwrap
+from mopo_cli.models.parts import ADAPTER, backbone_of, compute_in, lora_of, unwrap
+
+NOT_PLAIN = (  # of a LoRA's config: what has more than a sum of two factors
+    *("use_dora", "modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters", "lora_bias"),
+    *("use_qalora", "alora_invocation_tokens", "bias"),
+)
 
 
 # --------------------------------------------------------------------------------------------- models
@@ -66,8 +74,10 @@ def load_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: i
     if config.mixed_precision == "bf16":
         compute_in(model, torch.bfloat16)
     if config.lora.r:
+        below = None if random else base_of_adapter(config)
         with _seeded(seed):
-            model = add_lora(model, config.lora)
+            model = add_lora(model, config.lora) if below is None else continued(model, config)
+        _name_base(model, below or config)
     if config.compile:
         _compile(model)
     return model
@@ -141,7 +151,8 @@ def _random_model(config: ModelConfig, built: PreTrainedConfig, seed: int) -> Pr
 def _pretrained_model(config: ModelConfig, built: PreTrainedConfig) -> PreTrainedModel:
     base = base_of_adapter(config)
     if base is not None:
-        return _merged(_pretrained_model(base, built), config)
+        below = _pretrained_model(replace(base, lora=LoraConfig(quantise=base.lora.quantise)), built)
+        return below if config.lora.r else _merged(below, config)
     weights = weight_arguments(config)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
@@ -197,7 +208,7 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
         model = prepare_model_for_kbit_training(model)
     peft = PeftLora(
         r=lora.r,
-        lora_alpha=int(lora.alpha),
+        lora_alpha=int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
         task_type="CAUSAL_LM",
@@ -206,6 +217,74 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
         return get_peft_model(model, peft)  # type: ignore[return-value]
     except ValueError as error:
         raise UserError(f"model.lora.target_modules={lora.target_modules}: {two_lines(error)}") from error
+
+
+def continued(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
+    """LoRA on the adapter at model.path: one adapter over the bare model, which starts as that adapter.
+
+    Its first ranks are the other's, with model.lora.r more beside them, and the scale is model.lora's. So what is saved
+    loads on the model that it names, which no adapter on a merged model would.
+    """
+    first = factors_of(model, config)
+    most = max(len(a) for a, _ in first.values())
+    lora, scale = config.lora, config.lora.alpha / config.lora.r
+    policy = add_lora(model, replace(lora, r=lora.r + most, alpha=scale * (lora.r + most)))
+    layers = _lora_layers(policy)
+    if lacking := [name for name in first if name not in layers]:
+        raise UserError(
+            f"model.lora.target_modules={lora.target_modules}: the adapter at model.path={config.path} changes "
+            f"{lacking[0]}, too; name that as well, or merge the adapter into its base"
+        )
+    with torch.no_grad():
+        for name, (a, b) in first.items():
+            layer = layers[name]
+            layer.lora_A[ADAPTER].weight[: len(a)] = a
+            layer.lora_B[ADAPTER].weight[:, : len(a)] = b / scale
+    return policy
+
+
+def factors_of(model: PreTrainedModel, config: ModelConfig) -> dict[str, tuple[Tensor, Tensor]]:
+    """(r, in) A and (out, r) scaled B of each layer that the adapter at model.path changes; UserError where it is no
+    plain LoRA. The model is left without it."""
+    from peft import PeftModel
+
+    weight_arguments(config)
+    try:
+        policy: Any = PeftModel.from_pretrained(model, source(config))
+    except Exception as error:
+        raise UserError(cannot_load("adapter", config, error)) from error
+    about = policy.peft_config[ADAPTER].to_dict()
+    layers = _lora_layers(policy)
+    special = [key for key in NOT_PLAIN if about.get(key) not in (None, False, "none", [], {})]
+    special += [f"{name} in it" for name, layer in layers.items() if ADAPTER not in layer.lora_A]  # embeddings
+    special += [] if about.get("peft_type") == "LORA" else [str(about.get("peft_type"))]
+    special += ["another one below it"] if base_of_adapter(base_of_adapter(config) or config) is not None else []
+    if special:
+        raise UserError(
+            f"model.path={config.path}: an adapter with {special[0]}, on which no LoRA goes; merge it into its base "
+            "first, or train all weights (model.lora.r=0)"
+        )
+    found = {}
+    for name, layer in layers.items():
+        a, b = (part[ADAPTER].weight.detach().clone() for part in (layer.lora_A, layer.lora_B))
+        found[name] = (a, b * layer.scaling[ADAPTER])
+    policy.unload()
+    return found
+
+
+def _lora_layers(policy: Any) -> dict[str, Any]:
+    from peft.tuners.lora import LoraLayer
+
+    return {name: layer for name, layer in unwrap(policy).named_modules() if isinstance(layer, LoraLayer)}
+
+
+def _name_base(policy: PreTrainedModel, base: ModelConfig) -> None:
+    """Writes into the adapter's record what it belongs to, so that it is found from any directory."""
+    lora: Any = lora_of(policy)
+    if base.path and is_local(base.path):
+        lora.base_model_name_or_path = os.path.abspath(os.path.expanduser(base.path))
+    if base.revision:
+        lora.revision = base.revision
 
 
 def _merged(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:

@@ -141,7 +141,7 @@ class Policy:
         if lora is None or (lora.r, lora.lora_alpha) == (rank, alpha):
             return
         wanted = copy.deepcopy(lora)
-        wanted.r, wanted.lora_alpha = rank, int(alpha)
+        wanted.r, wanted.lora_alpha = rank, alpha  # type: ignore[assignment]
         model.delete_adapter(ADAPTER)
         model.add_adapter(ADAPTER, wanted)
         model.set_adapter(ADAPTER)

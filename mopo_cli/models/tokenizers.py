@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from mopo_cli.base.errors import UserError
 from mopo_cli.config.schema import ModelConfig, TokenizerConfig
-from mopo_cli.models.hub import cannot_load, hub_arguments, is_local, read_config, source
+from mopo_cli.models.hub import base_of_adapter, cannot_load, hub_arguments, is_local, read_config, source
 
 PAD, EOS = "<pad>", "</s>"
 TOKENIZER_FILES = ("*tokeniz*", "*vocab*", "*.model", "*.tiktoken", "merges.txt")
@@ -69,6 +69,8 @@ def _pretrained_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     # transformers builds an empty tokenizer where the files are missing
     missing = f"model.path={path}: it holds no tokenizer (tokenizer.json, …). Copy the model's tokenizer files there"
     if is_local(path) and not _holds_tokenizer(path):
+        if (base := base_of_adapter(config)) is not None:
+            return _pretrained_tokenizer(base)
         raise UserError(missing)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **hub_arguments(config))

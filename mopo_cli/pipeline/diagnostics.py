@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from statistics import median
 
+from mopo_cli.evaluation.records import LIKELY
 from mopo_cli.pipeline.outcome import Outcome
+from mopo_cli.runs.constraints import out_of_reach
 
 MIN_EFFECTIVE = 50.0  # effective samples below which a log-expectation is mostly noise
 DISAGREEMENT = 0.03  # between the run's own estimate and the evaluation, beyond the evaluation's own noise
 NO_MOVEMENT = 1e-3  # nats of KL
 COLLAPSE = 0.1  # of the first entropy
 AGGRESSIVE = 5.0  # a multiplier above this weighs its constraint far more than the primary objective
-IDLE = 1e-3  # a multiplier below this does nothing
 LAG = 0.1  # of b_j behind R_j
 SURRENDER = 0.02  # that the schedule took off b_j
 ASTRAY = 0.1  # share of samples that the data never show
@@ -24,6 +25,7 @@ def warnings(run: Outcome) -> list[str]:
     signs = (
         _infeasible,
         _missed,
+        _no_optimum,
         _no_movement,
         _run_away,
         _collapse,
@@ -36,15 +38,15 @@ def warnings(run: Outcome) -> list[str]:
         _no_conflict,
     )
     if run.aligned.estimator is None:
-        signs = (_missed, _no_movement, _blind_judge)
+        signs = (_missed, _no_optimum, _no_movement, _blind_judge)
     return [*(message for sign in signs for message in sign(run)), *run.evaluation.doubts]
 
 
 def _infeasible(run: Outcome) -> list[str]:
     bounds = {name: run.bounds[name] for name in run.aligned.infeasible}
     return [
-        f"infeasible: the multiplier of {name} grew to its bound while its win rate stayed below {b:.3f}; "
-        + _what_is_attainable(b, run.attainable.get(name))
+        f"infeasible: the multiplier of {name} grew to its bound while the lower bound of its win rate stayed below "
+        f"{b:.3f}; " + _what_is_attainable(b, run.attainable.get(name))
         for name, b in bounds.items()
     ]
 
@@ -60,12 +62,26 @@ def _what_is_attainable(bound: float, best: float | None) -> str:
 
 
 def _missed(run: Outcome) -> list[str]:
-    measured = [(run.evaluation.objectives[name], name, b) for name, b in run.bounds.items()]
     return [
-        f"{name}: the win rate {m.win_rate:.3f} ± {m.margin:.3f} is below the threshold {b:.3f}"
-        for m, name, b in measured
-        if name not in run.aligned.infeasible and m.win_rate + m.margin < b
+        f"{c.name}: the {c.found} is below the threshold {c.threshold:.3f}" + _unheld(run, c.name)
+        for c in run.constraints
+        if c.name not in run.aligned.infeasible and c.verdict == "no"
     ]
+
+
+def _unheld(run: Outcome, name: str) -> str:
+    """Of a missed threshold: that its multiplier did nothing about it."""
+    estimate = run.aligned.estimated.get(name)
+    if name not in run.idle or estimate is None:
+        return ""
+    return f"; its multiplier stayed at 0 (the run's own estimate: {estimate:.3f}), so nothing held it"
+
+
+def _no_optimum(run: Outcome) -> list[str]:
+    oracle = run.evaluation.oracle
+    if oracle is None or oracle.feasible or run.aligned.infeasible:
+        return []
+    return ["no policy keeps these thresholds: " + out_of_reach(run.bounds, oracle.attainable, oracle.shortfall)]
 
 
 def _no_movement(run: Outcome) -> list[str]:
@@ -115,16 +131,32 @@ def _small_sample(run: Outcome) -> list[str]:
     if not finite or median(finite) >= MIN_EFFECTIVE:
         return []
     n = median(finite)
-    factor = MIN_EFFECTIVE / max(n, 1.0)
-    advice = {
-        "offline": f"batch_size={math.ceil(run.config.batch_size * factor)} or more would do",
-        "heldout": f"hold out {math.ceil(factor)} times the pairs, or use algorithm.estimator=onpolicy",
-        "onpolicy": f"onpolicy.prompts={math.ceil(run.measured_prompts * factor)} or more would do",
-    }[str(run.aligned.estimator)]
+    advice = _what_would_do(run, MIN_EFFECTIVE / max(n, 1.0))
     return [
         f"the {run.aligned.estimator} estimate of R_j rests on {n:.0f} effective samples, so lambda and chi are noisy: "
         + advice
     ]
+
+
+def _what_would_do(run: Outcome, factor: float) -> str:
+    """A sample so many times as large, as far as the data have one."""
+    train, heldout = run.rows["train"], run.rows["heldout"]
+    if run.aligned.estimator == "offline":
+        wanted = math.ceil(run.config.batch_size * factor)
+        enough = f"batch_size={wanted} or more would do"
+        return enough if wanted <= train else f"{enough}, and there are {train} training rows: give more"
+    if run.aligned.estimator == "heldout":
+        other = "or use algorithm.estimator=onpolicy"
+        if heldout * factor < train:
+            return f"hold out {math.ceil(factor)} times the pairs (dataset.heldout_fraction), {other}"
+        return f"{math.ceil(factor)} times the held-out pairs would do, and the data are too few: give more, {other}"
+    wanted = math.ceil(run.measured_prompts * factor)
+    if wanted <= heldout:
+        return f"onpolicy.prompts={wanted} or more would do"
+    return (
+        f"{wanted} held-out rows or more would do, and there are {heldout}: give more rows, or raise "
+        "dataset.heldout_fraction"
+    )
 
 
 def _never_refreshed(run: Outcome) -> list[str]:
@@ -162,19 +194,27 @@ def _schedule_astray(run: Outcome) -> list[str]:
 
 
 def _no_conflict(run: Outcome) -> list[str]:
-    duals = run.duals
-    idle = [name for j, name in enumerate(run.secondaries) if duals and all(step[j] < IDLE for step in duals)]
-    return [f"note: lambda of {name} was 0 throughout: this constraint does not bind here" for name in idle]
+    verdicts = {constraint.name: constraint.verdict for constraint in run.constraints}
+    said = {"undecided": "by the run's own estimate this constraint does not bind; the evaluation leaves it open"}
+    return [
+        f"note: lambda of {name} was 0 throughout: "
+        + said.get(verdicts.get(name, ""), "this constraint does not bind here")
+        for name in run.idle
+        if verdicts.get(name) != "no"
+    ]
 
 
 def _optimistic(run: Outcome) -> list[str]:
-    measured = run.evaluation.objectives
+    found, mass = {}, run.evaluation.support_mass
+    for name, measured in run.evaluation.objectives.items():
+        exact = measured.exact_win_rate if mass is None or mass >= LIKELY else None
+        found[name] = (measured.win_rate, measured.margin, "") if exact is None else (exact, 0.0, "exact ")
     return [
-        f"{name}: the run's own estimate {estimate:.3f} and the evaluation {measured[name].win_rate:.3f} disagree; "
+        f"{name}: the run's own estimate {estimate:.3f} and the {exact}evaluation {value:.3f} disagree; "
         "trust the evaluation"
         for name, estimate in run.aligned.estimated.items()
-        if abs(estimate - measured[name].win_rate) > measured[name].margin  # never where that is unknown
-        if abs(estimate - measured[name].win_rate) > DISAGREEMENT
+        for value, margin, exact in (found[name],)
+        if abs(estimate - value) > DISAGREEMENT and abs(estimate - value) > margin  # never where that is unknown
     ]
 
 

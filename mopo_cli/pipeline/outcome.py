@@ -7,7 +7,7 @@ import platform
 import resource
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ from mopo_cli.base.types import Objective
 from mopo_cli.config.compose import algorithm_name
 from mopo_cli.config.schema import TrainConfig
 from mopo_cli.evaluation.records import Evaluation
+from mopo_cli.runs.constraints import Constraint, constraints_of
+
+IDLE = 1e-3  # a multiplier below this does nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,8 @@ class Outcome:
     evaluation: Evaluation
     heldout_accuracy: Mapping[str, float]
     history: Sequence[Mapping[str, Any]]  # the lines of metrics.jsonl
-    measured_prompts: int  # of one measurement on samples
+    rows: Mapping[str, int]  # of each split of the data
+    heldout_win_rate: Mapping[str, float] = field(default_factory=dict)  # which points of a sweep are chosen by
 
     @property
     def state(self) -> str:
@@ -54,6 +58,18 @@ class Outcome:
         return {name: b for name, b in thresholds.items() if b is not None}
 
     @property
+    def constraints(self) -> list[Constraint]:
+        """What became of each threshold."""
+        results = {name: measured.summary() for name, measured in self.evaluation.objectives.items()}
+        oracle = self.evaluation.oracle and {"win_rate": self.evaluation.oracle.win_rate}
+        return constraints_of(results, oracle, {o.name: o.threshold for o in self.objectives})
+
+    @property
+    def measured_prompts(self) -> int:
+        """Of one measurement on samples."""
+        return min(self.config.onpolicy.prompts, self.rows["heldout"])
+
+    @property
     def scheduled(self) -> list[str]:
         """Secondaries whose threshold the schedule sets."""
         return [objective.name for objective in self.objectives[1:] if objective.threshold is None]
@@ -68,6 +84,12 @@ class Outcome:
         keys, last = [f"dual/{name}" for name in self.secondaries], list(self.aligned.duals.values())
         logged = [[line[key] for key in keys] for line in self.history if keys and keys[-1] in line]
         return [*logged, last] if last else logged
+
+    @property
+    def idle(self) -> list[str]:
+        """Secondaries whose multiplier did nothing at any step."""
+        duals = self.duals
+        return [name for j, name in enumerate(self.secondaries) if duals and all(step[j] < IDLE for step in duals)]
 
     @property
     def last_duals(self) -> Sequence[float]:
@@ -112,6 +134,7 @@ class Outcome:
                 "fresh_seconds": work.timing.fresh,
             },
             "heldout_accuracy": dict(self.heldout_accuracy),
+            "heldout_win_rate": dict(self.heldout_win_rate),
             "warnings": warnings,
             "versions": {
                 "mopo": __version__,

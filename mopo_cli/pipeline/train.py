@@ -13,10 +13,11 @@ from mopo_cli.base.processes import part_ways
 from mopo_cli.config.schema import TrainConfig
 from mopo_cli.evaluation.records import Models
 from mopo_cli.pipeline.finish import evaluate_run, finish
+from mopo_cli.pipeline.heldout import heldout_win_rates
 from mopo_cli.pipeline.outcome import Outcome
 from mopo_cli.runs.directory import RunDirectory
 from mopo_cli.runs.session import quiet_libraries, recorded
-from mopo_cli.runs.tracking import wandb_mode
+from mopo_cli.runs.tracking import check_logger
 from mopo_cli.training.checkpoints import Setting
 from mopo_cli.training.inputs import prepare_inputs
 from mopo_cli.training.preference import fit_or_load_judge
@@ -25,7 +26,7 @@ from mopo_cli.training.reference import fit_or_load_reference
 
 def check(config: TrainConfig) -> None:
     """Everything that can be told before data and model are loaded: UserError where they do not suit each other."""
-    wandb_mode(config.logger)
+    check_logger(config.logger, config.run.name)
     algorithm_of(config)
 
 
@@ -43,7 +44,8 @@ def train(config: TrainConfig, composed: DictConfig, run: RunDirectory, accelera
         fit_or_load_reference(config, accelerator, inputs, run.reference)
         initial = policy.snapshot()
         judge, accuracy = fit_or_load_judge(config, accelerator, inputs, run.preference_model)
-        aligned = algorithm.align(Setting(config, accelerator, inputs, judge, initial, run, tracker))
+        setting = Setting(config, accelerator, inputs, judge, initial, run, tracker)
+        aligned = algorithm.align(setting)
         part_ways()
         if not accelerator.is_main_process:
             return
@@ -58,6 +60,7 @@ def train(config: TrainConfig, composed: DictConfig, run: RunDirectory, accelera
             evaluation=evaluate_run(config, inputs, models, judge, aligned, run),
             heldout_accuracy=dict(zip(data.names, accuracy, strict=True)),
             history=tracker.history,
-            measured_prompts=min(config.onpolicy.prompts, len(inputs.examples["heldout"])),
+            rows={split: len(examples) for split, examples in inputs.examples.items()},
+            heldout_win_rate=heldout_win_rates(setting, aligned),
         )
         finish(outcome, data.provenance, run, tracker, started)

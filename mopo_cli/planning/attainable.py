@@ -73,19 +73,21 @@ class Suggestion:
 
 @dataclass(frozen=True, slots=True)
 class ObjectivePlan:
-    """One objective of the set, at the optimum of (P) with all thresholds together."""
+    """One objective of the set, at the optimum of (P) with all thresholds together; None where there is no optimum."""
 
     role: str
     threshold: float | None
     scheduled: bool  # the threshold is only where the schedule starts
     reference: float  # win rate of the reference
-    win_rate: float
-    ci95: float
+    win_rate: float | None
+    ci95: float | None
     attainable: float  # alone
     dual: float | None
-    verdict: str  # "" (primary), "binds", "never binds", "infeasible" or "infeasible together"
-    pairs_needed: int  # labelled pairs for +- 0.02
-    prompts_needed: int  # prompts of one on-policy estimate for +- 0.02
+    verdict: (
+        str  # "" (primary), "binds", "never binds", "infeasible", "infeasible together" or "attainable" beside those
+    )
+    pairs_needed: int | None  # labelled pairs for +- 0.02
+    prompts_needed: int | None  # prompts of one on-policy estimate for +- 0.02
     pessimism: float  # what epsilon takes off an on-policy estimate
     exact: float | None = None
 
@@ -100,6 +102,7 @@ class SettingsPlan:
     beta: float
     t0: float
     refreshes: int
+    steps: int  # of the training
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +111,12 @@ class Plan:
 
     objectives: dict[str, ObjectivePlan]
     feasible: bool
+    shortfall: float  # what all thresholds must be lowered by before they can be met together
     pairs: list[PairFront]
     suggestions: list[Suggestion]
     settings: SettingsPlan
     labelled_pairs: int
+    heldout_prompts: int
     heldout_accuracy: dict[str, float]
     tau: float
     prompts: int
@@ -133,6 +138,7 @@ class PlannedOptimum:
     kl: float
     feasible: bool
     attainable: np.ndarray  # (J,)
+    shortfall: float  # see Optimum of maths/oracle.py
 
 
 def optimum(evidence: Evidence, thresholds: Sequence[float] | np.ndarray) -> PlannedOptimum:
@@ -161,6 +167,7 @@ def optimum(evidence: Evidence, thresholds: Sequence[float] | np.ndarray) -> Pla
         kl=best.kl,
         feasible=best.feasible,
         attainable=best.attainable,
+        shortfall=best.shortfall,
     )
 
 
@@ -279,7 +286,8 @@ def make_plan(
     """All predictions; accuracy (K,) is the preference model's, `started` a time.perf_counter()."""
     thresholds = Lagrangian(algorithm).thresholds.numpy()
     best = optimum(evidence, thresholds)
-    n_eff = float(min(config.onpolicy.prompts, len(inputs.examples["heldout"])))
+    heldout = len(inputs.examples["heldout"])
+    n_eff = float(min(config.onpolicy.prompts, heldout))
     epsilon = resolve_epsilon(config.epsilon, n_eff, algorithm.delta)
     scheduled = [objective.threshold is None for objective in inputs.data.objectives[1:]]
     objectives = plan_objectives(config, evidence, best, thresholds, epsilon, scheduled)
@@ -288,10 +296,12 @@ def make_plan(
     return Plan(
         objectives=objectives,
         feasible=best.feasible,
+        shortfall=best.shortfall,
         pairs=[pair_front(evidence.pair(i, k), config.plan.thresholds) for i, k in pairs],
         suggestions=suggestions(evidence),
         settings=plan_settings(config, objectives, epsilon, n_eff, best.kl),
         labelled_pairs=evidence.labelled.pairs,
+        heldout_prompts=heldout,
         heldout_accuracy=dict(zip(evidence.names, accuracy, strict=True)),
         tau=config.tau,
         prompts=len(evidence.pool.win_rates),
@@ -319,33 +329,36 @@ def plan_objectives(
     attainable = oracle.attainable(pool.win_rates, pool.log_reference)
     noise = _sample_variance(evidence, best, config.onpolicy.responses)
     exact = exact_win_rates(evidence, thresholds)
+    verdicts = _verdicts(evidence, best, thresholds)
     plans = {}
     for k, name in enumerate(evidence.names):
-        j = k - 1
+        j, met = k - 1, best.feasible
         plans[name] = ObjectivePlan(
             role="secondary" if k else "primary",
             threshold=float(thresholds[j]) if k else None,
             scheduled=bool(k and scheduled[j]),
             reference=float(reference[k]),
-            win_rate=float(best.win_rates[k]),
-            ci95=CONFIDENCE * float(best.errors[k] if k else best.primary_error),
+            win_rate=float(best.win_rates[k]) if met else None,
+            ci95=CONFIDENCE * float(best.errors[k] if k else best.primary_error) if met else None,
             attainable=float(attainable[k]),
-            dual=float(best.duals[j]) if k else None,
-            verdict=_verdict(best, thresholds, j) if k else "",
-            pairs_needed=math.ceil(labelled.pairs * (CONFIDENCE * best.label_errors[k] / WANTED) ** 2),
-            prompts_needed=math.ceil((CONFIDENCE / WANTED) ** 2 * noise[k]),
+            dual=float(best.duals[j]) if k and met else None,
+            verdict=verdicts[j] if k else "",
+            pairs_needed=math.ceil(labelled.pairs * (CONFIDENCE * best.label_errors[k] / WANTED) ** 2) if met else None,
+            prompts_needed=math.ceil((CONFIDENCE / WANTED) ** 2 * noise[k]) if met else None,
             pessimism=math.sqrt(2.0 * epsilon * noise[k]),
             exact=None if exact is None else float(exact[k]),
         )
     return plans
 
 
-def _verdict(best: PlannedOptimum, thresholds: np.ndarray, j: int) -> str:
-    if thresholds[j] >= best.attainable[j]:
-        return "infeasible"
-    if not best.feasible:
-        return "infeasible together"
-    return "binds" if best.duals[j] > 1e-4 else "never binds"
+def _verdicts(evidence: Evidence, best: PlannedOptimum, thresholds: np.ndarray) -> list[str]:
+    """Of each threshold (J,). Where some are out of reach alone, whether the others are is asked without them."""
+    if best.feasible:
+        return ["binds" if dual > 1e-4 else "never binds" for dual in best.duals]
+    alone = thresholds >= best.attainable
+    others = np.where(alone, -np.inf, thresholds)
+    rest = "attainable" if alone.any() and optimum(evidence, others).feasible else "infeasible together"
+    return ["infeasible" if out else rest for out in alone]
 
 
 def _sample_variance(evidence: Evidence, best: PlannedOptimum, responses: int) -> np.ndarray:
@@ -369,9 +382,9 @@ def plan_settings(
     """
     free = [objective for objective in objectives.values() if objective.scheduled]
     if not free:
-        return SettingsPlan(epsilon, n_eff, kl, config.beta, math.inf, 0)
+        return SettingsPlan(epsilon, n_eff, kl, config.beta, math.inf, 0, config.steps)
     room = max(objective.pessimism / objective.reference for objective in free)
     beta = max(0.5, math.floor((1.0 - room) * 1e4) / 1e4)
     most = max(1, int(math.log(1.0 - GIVEN_UP) / math.log(beta))) if beta < 1 else config.steps
     t0 = max(2 * config.onpolicy.every, math.ceil(config.steps / most))
-    return SettingsPlan(epsilon, n_eff, kl, beta, float(t0), max(0, (config.steps - 1) // t0))
+    return SettingsPlan(epsilon, n_eff, kl, beta, float(t0), max(0, (config.steps - 1) // t0), config.steps)

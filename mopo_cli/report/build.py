@@ -14,7 +14,7 @@ from mopo_cli.report.quality import quality
 from mopo_cli.report.theme import save
 from mopo_cli.runs.directory import RunDirectory
 from mopo_cli.runs.find import read_sweep
-from mopo_cli.runs.record import RunRecord, objective_sets, read_run, value_of, varying_settings
+from mopo_cli.runs.record import RunRecord, differing_data, objective_sets, read_run, varying_settings
 
 BOOTSTRAP, SAMPLES, SEED = 500, 20, 0  # of the reports that runs and sweeps end with
 
@@ -72,11 +72,10 @@ def notices(runs: Sequence[RunRecord]) -> list[str]:
         texts.append(f"{len(unfinished)} of {len(runs)} runs have no results yet ({states}): "
                      f"{_some([run.id for run in unfinished])}.")  # fmt: skip
     for group in sets:
-        differing = [key for key in ("dataset._target_", "dataset.path", "dataset.data_seed", "dataset.rows")
-                     if len({value_of(run, key) for run in group if run.settings}) > 1]  # fmt: skip
-        if differing:
+        if differing := differing_data(group):
             texts.append(f"Runs with {', '.join(group[0].names)} were measured on different data, as win rates are "
-                         f"against the data's responses: they differ in {', '.join(differing)}.")  # fmt: skip
+                         f"against the data's responses: they differ in {', '.join(differing)}. No front, "
+                         "hypervolume or distance is given, which would compare them.")  # fmt: skip
         for name in group[0].names:
             worst = sorted({run.objectives[name].worst for run in group})
             if len(worst) > 1:

@@ -17,21 +17,31 @@ from mopo_cli.report.theme import BAD, DASHED, DOTTED, INK, MANY, PAPER, REFEREN
 EDGE, ASKED, AIM = "exact front", "threshold", "to the optimum of (P)"
 LINES = {EDGE: SOLID, ASKED: DASHED, AIM: DOTTED}
 Edge = list[dict[str, float]]
+Spans = tuple[tuple[float, float], tuple[float, float]]  # of x and y
+ROOM = 0.01  # of win rate, beyond the front
 
 
 def fronts(group: Group) -> Figure:
     """Each pair of objectives, a point a run."""
     pairs = list(combinations(range(len(group.names)), 2))
     front = exact_front(group)
+    spans = [(marks.front_span(group, j), marks.front_span(group, i)) for i, j in pairs]
     edges: list[Edge] = [[] for _ in pairs]
     if front is not None:
-        edges = [_edge(front[:, [j, i]], marks.front_span(group, j), marks.front_span(group, i)) for i, j in pairs]
+        edges = [_edge(front[:, [j, i]], *span) for (i, j), span in zip(pairs, spans, strict=True)]
+        spans = [_with_edge(span, edge) for span, edge in zip(spans, edges, strict=True)]
     links = group.exact and len(group.ended) <= MANY and any(map(aimed, group.ended))
     shown = {EDGE: any(edges), ASKED: any(marks.thresholds(group, name) for name in group.names), AIM: links}
     lines = {kind: style for kind, style in LINES.items() if shown[kind]}
-    panels = [Panel(_pair(group, j, i, edge, lines)) for (i, j), edge in zip(pairs, edges, strict=True)]
+    drawn = zip(pairs, spans, edges, strict=True)
+    panels = [Panel(_pair(group, j, i, span, edge, lines)) for (i, j), span, edge in drawn]
     caption = " ".join(_sentences(group, links, any(edges)))
     return Figure("pareto", "Pareto fronts", caption, panels, ("fill", "shape", "strokeDash"), height=280)
+
+
+def _joined(group: Group) -> bool:
+    """Whether lines join each method's filled runs."""
+    return group.by_algorithm and len(group.names) == 2 and not group.differing
 
 
 def _sentences(group: Group, links: bool, edged: bool) -> list[str]:
@@ -43,10 +53,10 @@ def _sentences(group: Group, links: bool, edged: bool) -> list[str]:
     ]
     if any(marks.common_floor(group, name) is not None for name in group.names):
         sentences.append("Shaded: below every threshold that was asked.")
-    if len(group.ended) > 1:
+    if len(group.ended) > 1 and not group.differing:
         which = "no other run of its method" if group.by_algorithm else "no other run"
         sentences.append(f"Filled: {which} is at least as good in every objective and better in one; hollow: one is.")
-    if group.by_algorithm and len(group.names) == 2:
+    if _joined(group):
         sentences.append("Lines join each method's filled runs.")
     if links:
         sentences.append("Crosses: the exact optimum at a run's thresholds and τ.")
@@ -58,8 +68,10 @@ def _sentences(group: Group, links: bool, edged: bool) -> list[str]:
     return sentences
 
 
-def _pair(group: Group, across: int, up: int, edge: Edge, lines: Mapping[str, list[float]]) -> alt.LayerChart:
-    spans = {"x": marks.front_span(group, across), "y": marks.front_span(group, up)}
+def _pair(
+    group: Group, across: int, up: int, ranges: Spans, edge: Edge, lines: Mapping[str, list[float]]
+) -> alt.LayerChart:
+    spans = dict(zip(("x", "y"), ranges, strict=True))
     x = number(alt.X, f"x{across}", marks.win_rate_title(group, across), spans["x"])
     y = number(alt.Y, f"x{up}", marks.win_rate_title(group, up), spans["y"])
     layers: list[alt.Chart] = []
@@ -82,7 +94,7 @@ def _pair(group: Group, across: int, up: int, edge: Edge, lines: Mapping[str, li
         target = alt.X2(f"o{across}"), alt.Y2(f"o{up}")
         layers.append(optima.mark_rule().encode(*target, visible(0.9), marks.dash(lines, AIM)))
         layers.append(marks.optimum_points(optima.encode(alt.X(f"o{across}:Q"), alt.Y(f"o{up}:Q"))))
-    if group.by_algorithm and len(group.names) == 2:
+    if _joined(group):
         best = rows_of("runs").transform_filter("datum.front").encode(x, y, tint)
         layers.append(best.mark_line(strokeWidth=1.2, opacity=0.75).encode(alt.Order(f"x{across}:Q")))
     layers += [
@@ -97,12 +109,21 @@ def _pair(group: Group, across: int, up: int, edge: Edge, lines: Mapping[str, li
 
 
 def _edge(points: np.ndarray, across: Sequence[float], up: Sequence[float]) -> Edge:
-    """The upper right edge of what mixtures of (m, 2) points reach, as far as a panel with these ranges shows it."""
+    """The upper right edge of what mixtures of (m, 2) points reach, where it lies above and right of the least of these
+    ranges."""
     corners = pareto.upper_edge(points)
-    fine = np.linspace(across[0], across[1], 80)
+    fine = np.linspace(across[0], max(across[0], corners[-1, 0]), 120)
     height = np.interp(fine, corners[:, 0], corners[:, 1], left=corners[0, 1], right=np.nan)
     places = zip(fine.tolist(), height.tolist(), strict=True)
-    return [{"x": round(x, 5), "y": round(y, 5)} for x, y in places if up[0] <= y <= up[1]]
+    return [{"x": round(x, 5), "y": round(y, 5)} for x, y in places if y >= up[0]]
+
+
+def _with_edge(spans: Spans, edge: Edge) -> Spans:
+    """The ranges of a panel that shows its runs and the front."""
+    across, up = (
+        (low, max([high, *(place[axis] for place in edge)])) for axis, (low, high) in zip("xy", spans, strict=True)
+    )
+    return (across[0], round(across[1] + ROOM, 4)), (up[0], round(up[1] + ROOM, 4))
 
 
 def _reference(group: Group, across: int, up: int) -> list[alt.Chart]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from mopo_cli.maths import pareto
 from mopo_cli.report.theme import HUES, NAMED, one_line
-from mopo_cli.runs.record import METHOD, RunRecord, value_of
+from mopo_cli.runs.record import METHOD, RunRecord, differing_data, value_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,7 @@ class Group:
     settings: Mapping[str, list[str]]  # those that vary, with their values in order
     exact: bool  # every finished run knows its exact win rates
     labels: Mapping[str, str] = field(default_factory=dict)
+    differing: Sequence[str] = ()  # settings by which they were measured on different data: no run is above another
 
     @property
     def ended(self) -> list[RunRecord]:
@@ -72,7 +73,8 @@ def group_of(runs: Sequence[RunRecord], settings: Mapping[str, list[str]]) -> Gr
     labels = {run.id: _label(run, varying) for run in runs}
     if len(set(labels.values())) < len(labels):
         labels = {run.id: run.id for run in runs}
-    return Group(runs, runs[0].names, varying, bool(ended) and all(run.exact for run in ended), labels)
+    exact = bool(ended) and all(run.exact for run in ended)
+    return Group(runs, runs[0].names, varying, exact, labels, differing_data(ended))
 
 
 def _label(run: RunRecord, settings: Mapping[str, list[str]]) -> str:
@@ -129,7 +131,9 @@ def datasets(group: Group, lines: int = 4000) -> dict[str, list[dict[str, Any]]]
 
 
 def _front(group: Group) -> dict[str, bool]:
-    """By run: whether no other, or no other of its method where methods vary, beats it."""
+    """By run: whether no other, or no other of its method where methods vary, beats it; all where none can."""
+    if group.differing:
+        return {run.id: True for run in group.ended}
     front: dict[str, bool] = {}
     methods = {run.id: value_of(run, METHOD) if group.by_algorithm else "" for run in group.ended}
     for method in dict.fromkeys(methods.values()):
@@ -140,7 +144,7 @@ def _front(group: Group) -> dict[str, bool]:
 
 
 def _row(group: Group, run: RunRecord, front: bool | None, axes: tuple[int, int] | None) -> dict[str, Any]:
-    oracle = run.summary.get("oracle") or {}
+    oracle = run.oracle
     row: dict[str, Any] = {
         "run": run.id,
         "label": group.labels[run.id],
@@ -168,8 +172,10 @@ def _row(group: Group, run: RunRecord, front: bool | None, axes: tuple[int, int]
 
 
 def aimed(run: RunRecord) -> bool:
-    """Whether (P) is what a run was to solve: thresholds were asked, or there is nothing to ask them of."""
-    return len(run.objectives) == 1 or any(r.threshold is not None for r in run.objectives.values())
+    """Whether there is an optimum of (P) that a run was to find: at the thresholds that were asked, unless they are out
+    of reach, or where there is nothing to ask them of."""
+    bounded = len(run.objectives) == 1 or any(r.threshold is not None for r in run.objectives.values())
+    return bounded and not run.out_of_reach
 
 
 def colour_setting(group: Group) -> str | None:
@@ -231,7 +237,7 @@ def _rounded(value: Any) -> Any:
 
 def exact_front(group: Group) -> np.ndarray | None:
     """(m, K) the exact front where all runs have the same one."""
-    fronts: list[Any] = [(run.summary.get("oracle") or {}).get("front") for run in group.ended]
+    fronts: list[Any] = [run.oracle.get("front") for run in group.ended]
     if not fronts or not fronts[0] or any(front != fronts[0] for front in fronts):
         return None
     try:

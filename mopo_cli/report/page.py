@@ -22,7 +22,8 @@ from mopo_cli.base.text import prompts_told
 from mopo_cli.report import groups, theme
 from mopo_cli.report.groups import Figure, Group
 from mopo_cli.report.quality import Quality
-from mopo_cli.runs.record import METHOD, RunRecord, shown, value_of, varying_settings
+from mopo_cli.runs.constraints import OWN_MARK, OWN_NOTE, WORDS
+from mopo_cli.runs.record import METHOD, Result, RunRecord, shown, value_of, varying_settings
 
 SAMPLE_BUDGET = 1_000_000  # characters of responses in a page
 LONGEST = 4000  # characters shown of one text
@@ -174,7 +175,7 @@ def table(report: Report) -> tuple[list[Column], list[tuple[RunRecord, list[Cell
     for name in names:
         columns.append(Column(name, help=f"win rate of {name} on samples, with half its 95 % interval"))
         columns += [Column(f"{name}, exact", help=f"exact win rate of {name}")] if exact else []
-    columns += [Column("thresholds", False, "whether every threshold is kept"), Column("KL", help="nats")]
+    columns += [Column("thresholds", False, "whether every threshold is kept, at 95 %"), Column("KL", help="nats")]
     columns += [Column("front", False, "no other run is at least as good in all objectives and better in one")]
     columns += [Column("warnings"), *([] if swept else varied)]
     rows = []
@@ -214,30 +215,30 @@ def _rates(run: RunRecord, name: str, exact: bool) -> list[Cell]:
     if result is None or result.win_rate is None:
         return [Cell()] * (1 + exact)
     half = f" ± {(result.ci95[1] - result.ci95[0]) / 2:.3f}" if result.ci95 else ""
-    mark = "" if result.satisfied is None else "yes" if result.satisfied else "no"
+    mark = result.verdict if result.verdict in ("yes", "no") else ""
     sampled = Cell(f"{result.win_rate:.3f}{half}", float(f"{result.win_rate:.6g}"), "" if exact else mark)
     return [sampled, replace(_number(result.exact, 3), mark=mark)] if exact else [sampled]
 
 
-def _verdict(verdict: str | None) -> Cell:
-    cells = {"yes": Cell("kept", 1, "yes"), "no": Cell("broken", 0, "no"), "undecided": Cell("undecided", 0.5)}
-    return cells.get(verdict or "", Cell())
+def _verdict(verdict: str) -> Cell:
+    order = {"no": 0, "undecided": 1, "yes": 2}
+    return Cell(WORDS[verdict], order[verdict], verdict if verdict != "undecided" else "") if verdict else Cell()
 
 
 def objective_table(run: RunRecord) -> list[tuple[Column, list[Cell]]]:
     """The final table of one run, a row an objective: its columns that say something."""
     accuracy = run.summary.get("heldout_accuracy") or {}
-    constrained = len(run.objectives) == 1 or any(r.threshold is not None for r in run.objectives.values())
-    results = list(run.objectives.values())
+    results, none = list(run.objectives.values()), bool(run.out_of_reach)
     shares = [accuracy.get(name) for name in run.objectives]
     columns = [
         (Column("objective", False), [Cell(name) for name in run.objectives]),
         (Column("role", False), [Cell(r.role) for r in results]),
-        (Column("threshold"), [_number(r.threshold, 3) for r in results]),
+        (Column("threshold"), [_threshold(r) for r in results]),
         (Column("win rate"), [_rates(run, name, False)[0] for name in run.objectives]),
         (Column("estimated"), [_number(r.estimated, 3) for r in results]),
         (Column("exact"), [_number(r.exact, 3) for r in results]),
-        (Column("optimum"), [_number(r.optimum if constrained else None, 3) for r in results]),
+        (Column("optimum"), [_number(r.optimum if groups.aimed(run) else None, 3) for r in results]),
+        (Column("attainable"), [_number(r.attainable if none else None, 3) for r in results]),
         (Column("threshold kept", False), [_verdict(r.verdict) for r in results]),
         (Column("λ"), [_number(r.dual, 3) for r in results]),
         (Column("held-out accuracy"), [Cell("" if share is None else f"{share:.1%}") for share in shares]),
@@ -246,11 +247,17 @@ def objective_table(run: RunRecord) -> list[tuple[Column, list[Cell]]]:
     return [(column, cells) for column, cells in columns if any(cell.text for cell in cells)]
 
 
+def _threshold(result: Result) -> Cell:
+    cell = _number(result.threshold, 3)
+    return cell if result.asked or not cell.text else replace(cell, text=cell.text + OWN_MARK)
+
+
 def facts(run: RunRecord) -> list[tuple[str, str]]:
     """What else is worth knowing of one run, as a heading and a text each."""
     summary = run.summary
-    train, oracle = summary.get("train") or {}, summary.get("oracle") or {}
+    train, oracle = summary.get("train") or {}, run.oracle
     constrained = any(result.threshold is not None for result in run.objectives.values())
+    own = any(result.threshold is not None and not result.asked for result in run.objectives.values())
     exact = f", exact {oracle['kl']:.3f}" if oracle.get("kl") is not None else ""
     asked = summary.get("evaluation") or {}
     steps = train.get("steps") or next((line["step"] for line in reversed(run.history)), None)
@@ -265,6 +272,8 @@ def facts(run: RunRecord) -> list[tuple[str, str]]:
         ),
         ("exact numbers are of", oracle.get("support_mass"), "{:.1%} of what the policy says".format),
         ("KL to the reference", summary.get("kl"), lambda kl: f"{kl:.3f} nats{exact}"),
+        ("thresholds", OWN_NOTE if own and run.finished else None, str),
+        ("optimum", run.out_of_reach or None, "none: {}".format),
         ("below the optimum", oracle.get("gap") if constrained else None, "{:.3f} of the primary's win rate".format),
         ("steps", steps or None, str),
         ("samples drawn in training", train.get("samples") or None, "{:,}".format),
@@ -322,9 +331,10 @@ def csv_text(report: Report) -> str:
             low, high = r.ci95 or (None, None)
             row |= {f"win_rate/{name}": r.win_rate, f"ci95_low/{name}": low, f"ci95_high/{name}": high}
             row |= {f"exact/{name}": r.exact, f"optimum/{name}": r.optimum, f"estimated/{name}": r.estimated}
+            row |= {f"attainable/{name}": r.attainable} if run.out_of_reach else {}
             row |= {f"threshold/{name}": r.threshold, f"satisfied/{name}": r.satisfied, f"dual/{name}": r.dual}
             row |= {f"verdict/{name}": r.verdict}
-        row |= {"kl": run.summary.get("kl"), "gap": (run.summary.get("oracle") or {}).get("gap")}
+        row |= {"kl": run.summary.get("kl"), "gap": run.oracle.get("gap")}
         row |= {"nondominated": front.get(run.id), "igd_plus": distance.get(run.id)}
         row |= {"seconds": (run.summary.get("train") or {}).get("wall_seconds"), "warnings": len(run.warnings)}
         rows.append(row)

@@ -27,8 +27,8 @@ class Quality:
 
 
 def quality(group: Group, draws: int, seed: int) -> Quality | None:
-    """The numbers of a group; None where fewer than two of its runs have ended."""
-    if len(group.ended) < 2:
+    """The numbers of a group; None where fewer than two of its runs have ended, or their data differ."""
+    if len(group.ended) < 2 or group.differing:
         return None
     ids, points = [run.id for run in group.ended], group.points()
     sampled = np.array([run.points(exact=False) for run in group.ended])

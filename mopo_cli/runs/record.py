@@ -17,14 +17,19 @@ from mopo_cli.base.text import flat, shown
 from mopo_cli.base.types import primary_first
 from mopo_cli.config.compose import option_name
 from mopo_cli.maths.significance import FEWEST
+from mopo_cli.runs.constraints import known_oracle, out_of_reach, verdict_of
 from mopo_cli.runs.directory import ENDED, RunDirectory, locked
 
 if TYPE_CHECKING:
     from mopo_cli.maths.pareto import Prompts
 
 METHOD = "algorithm"  # the setting that names a run's method
-ORACLE = {"exact": "win_rate", "optimum": "optimum", "reference": "reference"}  # of a Result: by summary.json's key
-VERDICTS = {True: "yes", False: "no"}
+ORACLE = {
+    "exact": "win_rate",
+    "optimum": "optimum",
+    "attainable": "attainable",
+    "reference": "reference",
+}  # of a Result: by summary.json's key
 NO_SETTING = ("run.", "sweep.", "logger.", "experiment.", "debug", "cache", "log_every", "checkpoint_every")
 
 
@@ -39,11 +44,14 @@ class Result:
     ci95: tuple[float, float] | None = None  # None where the prompts are too few for an interval
     estimated: float | None = None  # by the run itself, while it trained
     satisfied: bool | None = None
-    verdict: str | None = None  # "yes", "no" or "undecided" with confidence; as satisfied, where nothing tells
+    verdict: str = ""  # "yes", "no" or "undecided" at 95 %
+    asked: bool = True  # whether the threshold is a user's; else the run's own, on its schedule
+    heldout: float | None = None  # on held-out prompts, which points of a sweep are chosen by
     judge: str | None = None
     dual: float | None = None
     exact: float | None = None
-    optimum: float | None = None
+    optimum: float | None = None  # None also where the thresholds have none
+    attainable: float | None = None  # the most of a secondary, alone
     reference: float | None = None  # of the policy that the run started from, exact
 
 
@@ -164,10 +172,23 @@ class RunRecord:
         return all(verdicts) if verdicts else None
 
     @property
-    def verdict(self) -> str | None:
-        """Whether every threshold is kept, with confidence: "yes", "no" or "undecided"."""
-        verdicts = {result.verdict for result in self.objectives.values() if result.verdict is not None}
-        return next((verdict for verdict in ("no", "undecided", "yes") if verdict in verdicts), None)
+    def verdict(self) -> str:
+        """Of all thresholds: "no" where one is missed, "undecided" where one is open; "" where there is none."""
+        verdicts = {result.verdict for result in self.objectives.values()} - {""}
+        return next((verdict for verdict in ("no", "undecided", "yes") if verdict in verdicts), "")
+
+    @cached_property
+    def oracle(self) -> Mapping[str, Any]:
+        """Exact numbers of an enumerable world, the optimum's only where there is one; empty where there are none."""
+        return known_oracle(self.summary)
+
+    @property
+    def out_of_reach(self) -> str:
+        """Why the thresholds have no optimum; "" where they have one, or nobody knows."""
+        if self.oracle.get("feasible", True):
+            return ""
+        bounds = {name: r.threshold for name, r in self.objectives.items() if r.threshold is not None}
+        return out_of_reach(bounds, self.oracle.get("attainable") or {}, self.oracle.get("shortfall"))
 
     @property
     def has_thresholds(self) -> bool:
@@ -258,17 +279,21 @@ def _results(summary: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str,
     nodes = {key: node for key, node in nodes.items() if isinstance(node, dict)} if isinstance(nodes, dict) else {}
     if not summary:
         return {str(name): _goal(node) for name, node in nodes.items()}
-    oracle, duals = summary.get("oracle") or {}, summary.get("duals") or {}
+    oracle, duals = known_oracle(summary), summary.get("duals") or {}
+    heldout = summary.get("heldout_win_rate") or {}
+    goals = {name: _goal(nodes.get(name, {})) for name in summary["objectives"]}
     return {
         str(name): replace(
-            _goal(nodes.get(name, {})),
+            goals[name],
             role=values["role"],
             threshold=values.get("threshold"),
             win_rate=float(values["win_rate"]),
             ci95=_interval(values),
             estimated=values.get("estimated_win_rate"),
             satisfied=values.get("satisfied"),
-            verdict=values.get("satisfied_with_confidence") or VERDICTS.get(values.get("satisfied")),
+            verdict=verdict_of(values),
+            asked=name not in nodes or goals[name].threshold is not None,
+            heldout=heldout.get(name),
             judge=values.get("judge"),
             dual=duals.get(name),
             **{key: (oracle.get(of) or {}).get(name) for key, of in ORACLE.items()},
@@ -291,6 +316,24 @@ def _goal(node: Mapping[str, Any]) -> Result:
         float(threshold) if _is_number(threshold) else None,
         float(node.get("worst") or 0.0),
     )
+
+
+DATA = (
+    "_target_",
+    "path",
+    "test_path",
+    "data_seed",
+    "responses",
+    "passages",
+    "test_fraction",
+    "max_rows",
+)  # of dataset
+
+
+def differing_data(runs: Sequence[RunRecord]) -> list[str]:
+    """The settings by which runs were measured against different data, so that their win rates are no one scale."""
+    known = [run for run in runs if run.settings]
+    return [key for key in (f"dataset.{key}" for key in DATA) if len({value_of(run, key) for run in known}) > 1]
 
 
 def sampled_rates(run: RunRecord) -> tuple[Prompts, np.ndarray] | None:

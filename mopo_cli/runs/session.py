@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,25 +21,28 @@ from mopo_cli.base import invocation
 from mopo_cli.base.console import say
 from mopo_cli.base.errors import AcceleratorMemoryError, UserError
 from mopo_cli.base.files import read_json, write_atomic, write_json
-from mopo_cli.base.processes import agree, interrupt
+from mopo_cli.base.processes import ONE_THREAD, TOKENIZERS, agree, interrupt
 from mopo_cli.base.secrets import masked, masked_command
 from mopo_cli.base.types import PreferenceData
 from mopo_cli.config import compose
+from mopo_cli.config.overrides import in_grammar
 from mopo_cli.config.schema import TrainConfig
 from mopo_cli.runs.directory import RunDirectory, check_same_settings, claim, open_run
 from mopo_cli.runs.tracking import Tracker
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # before transformers is imported
+os.environ.setdefault(TOKENIZERS, ONE_THREAD)  # before transformers is imported
 
 
 def quiet_libraries() -> None:
     """Their progress bars and notices would bury ours; errors still come through."""
-    transformers.utils.logging.set_verbosity_error()
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     for name in ("datasets", "accelerate", "huggingface_hub", "wandb"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=UserWarning)
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    if not sys.warnoptions:  # nobody has asked for them
+        warnings.filterwarnings("ignore", category=UserWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning)
     if hasattr(signal, "SIGTERM"):
         signal.signal(signal.SIGTERM, interrupt)
 
@@ -126,5 +130,5 @@ def fingerprint(data: PreferenceData) -> str:
 def resume_command(run: RunDirectory, overrides: Sequence[str]) -> str:
     """The command that goes on with an interrupted run: the same settings, this directory."""
     settings = [o for o in overrides if not o.startswith(("run.dir=", "run.name=", "run.resume="))]
-    place = f"run.dir={compose.in_grammar(str(run.path))}"
+    place = f"run.dir={in_grammar(str(run.path))}"
     return masked_command(["mopo", "train", *settings, place, "run.resume=true"])

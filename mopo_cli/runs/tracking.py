@@ -19,7 +19,16 @@ from mopo_cli.runs.directory import RunDirectory
 
 MODES = ("auto", "online", "offline", "disabled")
 OTHER_NAMES = {"run": "online", "dryrun": "offline"}  # of W&B's modes
+NAME = 128  # characters of a project's, group's and run's name that W&B takes
+TAG = 64  # of a tag
+NOT_IN_PROJECTS = "/\\#?%:"
 TITLE = 64  # characters that W&B shows of an alert's title
+PROJECT = "mopo"  # where neither the config nor WANDB_PROJECT names one
+QUIET: dict[str, Any] = {
+    "silent": True,
+    "console": "off",
+    "disable_git": True,
+}  # unless W&B's own variables say otherwise
 DEFAULTS = {"WANDB_SILENT": "true", "WANDB_INIT_TIMEOUT": "30", "WANDB_FINISH_TIMEOUT": "300"}  # seconds
 
 
@@ -41,6 +50,20 @@ def wandb_mode(config: LoggerConfig) -> str:
     if mode == "online" and not _has_key():
         raise UserError(f"{key}={value}: there is no W&B key; set WANDB_API_KEY, run `wandb login`, or log offline")
     return mode
+
+
+def check_logger(config: LoggerConfig, name: str) -> None:
+    """UserError where W&B would refuse a name or a tag, which it says only after the reference has been fitted."""
+    if wandb_mode(config) == "disabled" or config.name != "wandb":
+        return
+    for key, text in (("logger.project", config.project), ("logger.group", config.group), ("run.name", name)):
+        if text is not None and not 0 < len(text) <= NAME:
+            raise UserError(f"{key}={text[:60]}: must be 1 to {NAME} characters, as W&B has it; found {len(text)}")
+    if found := sorted(set(NOT_IN_PROJECTS) & set(config.project or "")):
+        raise UserError(f"logger.project={config.project}: must be without {found[0]}, as W&B has it")
+    for tag in config.tags:
+        if not 0 < len(tag) <= TAG:
+            raise UserError(f"logger.tags: {tag[:60]!r} must be 1 to {TAG} characters, as W&B has it; found {len(tag)}")
 
 
 def _has_key() -> bool:
@@ -85,11 +108,16 @@ class Tracker:
         if self.file is None:
             return
         self.history = [record for record in read_lines(self.path) if record["step"] <= step]
+        self._rewrite()
+        for record in self.history:
+            self._mirror(record)
+
+    def _rewrite(self) -> None:
+        if self.file is None:
+            return
         self.file.close()
         write_atomic(self.path, "".join(json.dumps(record) + "\n" for record in self.history))
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
-        for record in self.history:
-            self._mirror(record)
 
     def log(self, step: int, **numbers: Any) -> None:
         """One line of metrics; nested names use a slash (`dual/harmless`)."""
@@ -99,6 +127,13 @@ class Tracker:
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
         self._mirror(record)
+
+    def amend(self, **numbers: Any) -> None:
+        """The last line with what was measured anew after it: where a curve ends is what the summary says."""
+        if self.history:
+            self.history[-1] = self.history[-1] | finite(numbers)
+            self._rewrite()
+            self._mirror(self.history[-1])
 
     def _mirror(self, record: dict[str, Any]) -> None:
         if self.wandb is not None:
@@ -152,22 +187,22 @@ def _start_wandb(
         os.environ.setdefault(key, value)
     import wandb
 
+    quiet = {key: value for key, value in QUIET.items() if f"WANDB_{key.upper()}" not in os.environ}
     settings = wandb.Settings(
         finish_timeout_raises=True,
-        silent=True,
-        console="off",
-        disable_git=True,
         x_disable_stats=True,
         x_disable_meta=True,  # it would hold the command line as it is, with its secrets
+        **quiet,
     )
+    tags = logger.tags or [tag for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag]
     arguments: dict[str, Any] = {
-        "project": logger.project,
+        "project": logger.project or os.environ.get("WANDB_PROJECT") or PROJECT,
         "entity": logger.entity,
         "group": logger.group,
-        "tags": [*logger.tags, *(["resumed"] if resumed else [])],
-        "name": name,
-        "job_type": kind,
-        "dir": str(run.path),
+        "tags": [*tags, *(["resumed"] if resumed else [])],
+        "name": os.environ.get("WANDB_NAME") or name,
+        "job_type": os.environ.get("WANDB_JOB_TYPE") or kind,
+        "dir": os.environ.get("WANDB_DIR") or str(run.path),
         "config": printable(masked(config)),
         "settings": settings,
         "reinit": "create_new",

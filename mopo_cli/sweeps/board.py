@@ -20,12 +20,17 @@ from mopo_cli.base.files import read_json
 from mopo_cli.base.text import one_line
 from mopo_cli.runs.directory import RunDirectory, locked
 from mopo_cli.runs.record import RunFiles, RunRecord
-from mopo_cli.sweeps.results import best, stays
+from mopo_cli.sweeps.results import Choice, best, stays
 from mopo_cli.sweeps.worker import JobProgress, progress_of
 
 COLOURS = {"running": "cyan", "done": "green", "infeasible": "yellow", "failed": "red", "interrupted": "yellow"}
 ORDER = ("running", "failed", "interrupted", "done", "infeasible", "waiting")
-VERDICT = {True: "green", False: "red", None: ""}  # the colour of a win rate by whether its threshold is kept
+VERDICT = {"yes": "green", "no": "red", "undecided": "yellow", "": ""}  # colours of win rates by their thresholds
+TOLD = {
+    "yes": "every threshold kept",
+    "no": "a threshold missed",
+    "undecided": "whether the thresholds are kept is open",
+}
 
 
 @dataclass
@@ -184,11 +189,11 @@ def _state(record: RunRecord) -> Text:
 
 
 def reached(record: RunRecord) -> Text:
-    """The win rates that a run reached: green where a threshold is kept, red where it is not."""
+    """The win rates that a run reached, each in the colour of its verdict."""
     text = Text()
     for name, result in record.objectives.items():
         text.append(f"{name} ", style="dim")
-        text.append(f"{record.reached(name):.3f}  ", style=VERDICT[result.satisfied])
+        text.append(f"{record.reached(name):.3f}  ", style=VERDICT[result.verdict])
     return text
 
 
@@ -205,21 +210,33 @@ def _table(titles: Sequence[str], numbers: Sequence[str], widest: int | None = N
 
 def show_results(records: Sequence[RunRecord]) -> None:
     """The table that a sweep ends with: a line a run, the best in bold; then the failures with their errors."""
-    winner, reason = best(records)
+    choice = best(records)
     if any(record.finished for record in records):
         say("")
-        show(_results_table(records, winner))
+        show(_results_table(records, choice.run))
+    if any(result.verdict == "undecided" for record in records for result in record.objectives.values()):
+        say("?: the 95 % interval holds the threshold")
     for record in records:
         if record.state in ("failed", "interrupted"):
             error = f": {one_line(record.problem)}" if record.problem or record.state == "failed" else ""
             say(f"{record.state:<14} {record.id}{error}")
     say("")
-    if winner is None or winner.primary is None:
-        say(f"best           none: {reason}")
-        return
+    say(f"best           {_told(choice)}")
+
+
+def _told(choice: Choice) -> str:
+    """The best run: the number that it was chosen by, and apart from it what was measured on test prompts."""
+    winner, chosen_by = choice.run, choice.chosen_by()
+    if winner is None or winner.primary is None or chosen_by is None:
+        return f"none: {choice.reason}"
     exact = " (exact)" if winner.objectives[winner.primary].exact is not None else ""
-    verdict = ", every threshold kept" if winner.has_thresholds else ""
-    say(f"best           {winner.id}: {winner.primary} {winner.reached(winner.primary):.3f}{exact}{verdict}")
+    tested = f"{winner.reached(winner.primary):.3f}{exact} on test prompts"
+    verdict = f", {TOLD[winner.verdict]}" if winner.verdict else ""
+    if not choice.heldout:
+        return f"{winner.id}: {winner.primary} {tested}, by which it was chosen{verdict}"
+    return (
+        f"{winner.id}: {winner.primary} {chosen_by:.3f} on held-out prompts, by which it was chosen; {tested}{verdict}"
+    )
 
 
 def _results_table(records: Sequence[RunRecord], winner: RunRecord | None) -> Table:
@@ -245,9 +262,10 @@ def _rate(record: RunRecord, name: str, judged: bool) -> Text:
     """A win rate, and in a column of which some are judged whether its threshold is kept."""
     if not record.finished or name not in record.objectives:
         return Text("")
-    satisfied = record.objectives[name].satisfied
-    mark = {True: " yes", False: "  no", None: "    " if judged else ""}[satisfied]
-    return Text(f"{record.reached(name):.3f}{mark}", style=VERDICT[satisfied])
+    result = record.objectives[name]
+    kept = {True: " yes", False: "  no", None: "    "}[result.satisfied]
+    mark = kept + ("?" if result.verdict == "undecided" else " ") if judged else ""
+    return Text(f"{record.reached(name):.3f}{mark}", style=VERDICT[result.verdict])
 
 
 def show_plan(

@@ -19,6 +19,7 @@ from mopo_cli.base.errors import UserError
 from mopo_cli.base.secrets import masked
 from mopo_cli.base.text import flat, one_line
 from mopo_cli.config import compose, schema
+from mopo_cli.config.overrides import in_grammar
 from mopo_cli.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ def written(value: Any) -> str:
         return "[" + ",".join(map(written, value)) + "]"
     if value is None:
         return "null"
-    return compose.in_grammar(value) if isinstance(value, str) else str(value).lower()
+    return in_grammar(value) if isinstance(value, str) else str(value).lower()
 
 
 def key_of(override: str) -> str:

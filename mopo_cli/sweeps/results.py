@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from mopo_cli.config.compose import option_name
 from mopo_cli.config.schema import LoggerConfig
 from mopo_cli.runs.directory import ENDED, RunDirectory
 from mopo_cli.runs.find import sweep_entries
-from mopo_cli.runs.record import RunRecord, read_run
+from mopo_cli.runs.record import RunRecord, differing_data, read_run
 from mopo_cli.sweeps.points import written
 
 
@@ -57,25 +57,61 @@ def stays(record: RunRecord, retry: str) -> bool:
 
 
 # --------------------------------------------------------------------------------------------- best, and the front
-def best(records: Sequence[RunRecord]) -> tuple[RunRecord | None, str | None]:
-    """The run that keeps every threshold and has the highest primary win rate; or None, and why."""
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The best run of a sweep, or why there is none, and the numbers by which it was chosen."""
+
+    run: RunRecord | None
+    reason: str | None = None
+    heldout: bool = True  # by win rates on held-out prompts, so that its test numbers are no maximum of noise
+
+    def chosen_by(self) -> float | None:
+        """The primary's win rate that was the highest."""
+        return None if self.run is None else deciding(self.run, self.run.primary or "", self.heldout)
+
+
+def deciding(record: RunRecord, name: str, heldout: bool) -> float | None:
+    """The win rate of an objective that a run is chosen by."""
+    return record.objectives[name].heldout if heldout else record.reached(name)
+
+
+def best(records: Sequence[RunRecord]) -> Choice:
+    """The run that keeps every threshold and has the highest primary win rate, on held-out prompts.
+
+    By test numbers only where runs of before have no others.
+    """
     ended = [record for record in records if record.finished]
     if not ended:
-        return None, "no run has ended"
+        return Choice(None, "no run has ended")
     if len({record.primary for record in ended}) > 1:
-        return None, "the runs maximise different objectives"
+        return Choice(None, "the runs maximise different objectives")
+    if differing := differing_data(ended):
+        return Choice(None, f"the runs were measured on different data ({', '.join(differing)})")
     if len({record.has_thresholds for record in ended}) > 1:
-        return None, "some runs were asked for thresholds and others for none, which one number cannot compare"
-    satisfied = [record for record in ended if record.state == "done" and record.satisfied is not False]
-    if not satisfied:
-        return None, f"none of the {len(ended)} runs that ended keeps every threshold"
-    return max(satisfied, key=lambda record: record.reached(record.primary or "") or 0.0), None
+        return Choice(None, "some runs were asked for thresholds and others for none, which one number cannot compare")
+    heldout = all(result.heldout is not None for record in ended for result in record.objectives.values())
+    keeping = [record for record in ended if record.state == "done" and _keeps(record, heldout)]
+    if not keeping:
+        where = " on held-out prompts" if heldout else ""
+        return Choice(None, f"none of the {len(ended)} runs that ended keeps every threshold{where}", heldout)
+    return Choice(
+        max(keeping, key=lambda record: deciding(record, record.primary or "", heldout) or 0.0), None, heldout
+    )
+
+
+def _keeps(record: RunRecord, heldout: bool) -> bool:
+    """Whether a run keeps every threshold, by the numbers that it is chosen by."""
+    if not heldout:
+        return record.satisfied is not False
+    bounds = {name: result.threshold for name, result in record.objectives.items()}
+    return all((deciding(record, name, True) or 0.0) >= b for name, b in bounds.items() if b is not None)
 
 
 def front(records: Sequence[RunRecord]) -> list[RunRecord]:
-    """The runs that no other equals or exceeds in every objective; empty where runs have different objectives."""
+    """The runs that no other equals or exceeds in every objective; empty where runs have different objectives or
+    data."""
     ended = [record for record in records if record.finished]
-    if len({record.names for record in ended}) != 1:
+    if len({record.names for record in ended}) != 1 or differing_data(ended):
         return []
     from mopo_cli.maths.pareto import nondominated  # here, as a sweep of which nothing has ended needs no moocore
 
@@ -109,19 +145,22 @@ def numbers(record: RunRecord) -> dict[str, Any]:
     for name, result in record.objectives.items():
         columns[f"win_rate/{name}"] = result.win_rate
         columns[f"estimated/{name}"] = result.estimated
+        columns[f"heldout/{name}"] = result.heldout
         columns[f"threshold/{name}"] = result.threshold
         columns[f"satisfied/{name}"] = result.satisfied
     columns |= {f"dual/{name}": value for name, value in record.summary["duals"].items()}
-    oracle = record.summary.get("oracle")
-    if oracle:
-        columns |= {f"exact/{name}": value for name, value in oracle["win_rate"].items()}
-        columns |= {f"optimum/{name}": value for name, value in oracle["optimum"].items()}
-        columns["gap"] = oracle["gap"]
+    if record.oracle:
+        columns |= {f"exact/{name}": result.exact for name, result in record.objectives.items()}
+        columns |= {f"optimum/{name}": result.optimum for name, result in record.objectives.items()}
+        columns["gap"] = record.oracle.get("gap")
+    if record.out_of_reach:
+        columns |= {f"attainable/{n}": r.attainable for n, r in record.objectives.items() if r.threshold is not None}
     return columns | {"kl": record.summary["kl"], "warnings": len(record.warnings)}
 
 
 def as_json(name: str, records: Sequence[RunRecord], state: str) -> dict[str, Any]:
-    winner, reason = best(records)
+    choice = best(records)
+    winner = choice.run
     return {
         "name": name,
         "state": state,
@@ -131,10 +170,12 @@ def as_json(name: str, records: Sequence[RunRecord], state: str) -> dict[str, An
             "id": winner.id,
             "overrides": winner.varying,
             "objective": winner.primary,
+            "chosen_by": "heldout_win_rate" if choice.heldout else "win_rate",
+            "heldout_win_rate": choice.chosen_by() if choice.heldout else None,
             "win_rate": winner.reached(winner.primary or ""),
             "exact": winner.primary is not None and winner.objectives[winner.primary].exact is not None,
         },
-        "no_best": reason,
+        "no_best": choice.reason,
         "front": [record.id for record in front(records)],
     }
 

@@ -1,7 +1,8 @@
 """`mopo sweep sweeper=optuna`: points found by Optuna's multi-objective TPE instead of a grid.
 
 What has been learnt is in the run directories and sweep.json, so a search that was killed goes on as if it had not
-been: each proposal is a function of the seed, its number and the results before it.
+been: each proposal is a function of the seed, its number and the results before it. It learns from win rates on
+held-out prompts alone; what runs reach on test prompts is for the results table.
 """
 
 from __future__ import annotations
@@ -104,13 +105,14 @@ class Optuna:
             study.enqueue_trial(values)
             trial = study.ask(self.space)
             record = self.records.get(point.id)
-            if record is not None and record.finished:
+            reached = heldout_of(record) if record is not None and record.finished else None
+            if record is not None and reached is not None:
                 for name in names:
                     threshold = record.objectives[name].threshold
                     if threshold is not None:
-                        trial.set_constraint(name, threshold - (record.reached(name) or 0.0))
-                study.tell(trial, [record.reached(name) or 0.0 for name in names])
-            elif record is not None and record.state == "failed":
+                        trial.set_constraint(name, threshold - reached[name])
+                study.tell(trial, [reached[name] for name in names])
+            elif record is not None and (record.finished or record.state == "failed"):
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that parts of Optuna may change
@@ -119,6 +121,12 @@ class Optuna:
             )
             trial = study.ask(self.space)
         return {key: _text(_bounded(self.space[key], value)) for key, value in trial.params.items()}
+
+
+def heldout_of(record: RunRecord) -> dict[str, float] | None:
+    """Win rates on held-out prompts; None of a run of before, which has none."""
+    rates = {name: result.heldout for name, result in record.objectives.items() if result.heldout is not None}
+    return rates if len(rates) == len(record.names) else None
 
 
 def _distribution(override: Override) -> Any:

@@ -63,7 +63,7 @@ class TestSettings:
         ("settings", "message"),
         [
             ({"levels": 1}, "algorithm.levels=1: must be 2 or more"),
-            ({"levels": {"harmless": [0.5]}}, "must be a number, or a list for each of harmless, concise"),
+            ({"levels": {"harmless": [0.5]}}, "must be a number, a list for each of harmless, concise, or null"),
             ({"levels": {"harmless": [0.5], "concise": [1.5]}}, r"algorithm.levels.concise=\[1.5\]: must be a list"),
             ({"levels": {"harmless": [0.5], "concise": []}}, r"algorithm.levels.concise=\[\]: must be a list"),
             ({"levels": "many"}, "algorithm.levels=many"),
@@ -104,7 +104,7 @@ class TestTraining:
         assert "point/harmless 60/dual/harmless" in read_metrics(here / "b0.5")[-1]
 
     def test_more_thresholds_than_prompts_to_measure_them_on(self, run_here: Run, here: Path):
-        done = run_here("train", *ARGUMENTS, "onpolicy.prompts=16", "run.dir=run")
+        done = run_here("train", *ARGUMENTS, "onpolicy.prompts=16", "algorithm.levels=5", "run.dir=run")
         assert done.status == 2
         assert "algorithm.levels: a grid of 5 thresholds" in done.err
 

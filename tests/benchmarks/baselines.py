@@ -18,7 +18,7 @@ from typing import Any
 import altair as alt
 import numpy as np
 
-from mopo_cli.config.compose import in_grammar
+from mopo_cli.config.overrides import in_grammar
 from mopo_cli.maths import pareto
 from mopo_cli.report import marks
 from mopo_cli.report.marks import rows
@@ -105,9 +105,9 @@ def policies_of(directory: Path) -> tuple[list[Policy], World]:
 
 def policy_of(run: RunRecord, exact: bool) -> Policy:
     by, asked = trade_off(run)
-    oracle, train = run.summary.get("oracle") or {}, run.summary["train"]
+    oracle, train = run.oracle, run.summary["train"]
     threshold = float(asked) if by == ASKED["threshold"] else None
-    known = exact and threshold is not None
+    known = exact and threshold is not None and not run.out_of_reach
     return Policy(
         method=str(run.summary["algorithm"]),
         seed=int(run.summary["seed"]),

@@ -248,6 +248,29 @@ class TestWithoutThresholds:
             assert all((word in text) == there for word in ("threshold", "satisfied", "optimum"))
             assert "exact" in text
 
+    def test_console_of_thresholds_out_of_reach(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+        result = Measured("secondary", 0.9, 0.5, (0.4, 0.6), None, False, "exact", "no")
+        rates = {"a": 0.5, "b": 0.5}
+        exact = Exact(
+            rates, {}, 1.0, 64, 64, None, None, 0.3, None, None, None, False, {"b": 0.8}, rates, shortfall=0.1
+        )
+        objectives = {"a": replace(result, role="primary", threshold=None, satisfied=None), "b": result}
+        show_results(evaluation(objectives, 0.3, exact), RunDirectory(tmp_path))
+        text = capsys.readouterr().out
+        assert "no optimum: b at least 0.900 is out of reach: at most 0.800 is attainable" in text
+        assert text.count("optimum") == 1
+        assert "attainable\n" in text.replace(" ", "")
+
+    def test_console_marks_a_threshold_that_nobody_asked_for(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+        (tmp_path / "config.yaml").write_text("objectives: {a: {role: primary}, b: {threshold: null}}")
+        result = Measured("secondary", 0.45, 0.5, (0.46, 0.54), None, True, "exact", "yes")
+        objectives = {"a": replace(result, role="primary", threshold=None, satisfied=None), "b": result}
+        told = replace(evaluation(objectives, 0.3), path=str(tmp_path))
+        show_results(told, RunDirectory(tmp_path))
+        text = capsys.readouterr().out
+        assert "0.450*" in text
+        assert "*: no threshold of yours" in text
+
     @pytest.mark.parametrize(
         ("algorithm", "aim"),
         [
@@ -286,6 +309,10 @@ def test_a_sweep_over_methods_to_its_table_and_figure(run_here: Callable[..., Fi
     weights = "algorithm.weights=helpful=0.5+harmless=0.5"
     ids = [f"algorithm=sft,{weights}", f"algorithm=dpo,{weights}", "algorithm=mopo,objectives.harmless.threshold=0.45"]
     assert [line["id"] for line in lines] == ids
+    for name in ids:  # a method that follows no win rate is measured on held-out prompts as well
+        rates = read_run(here / "s" / "runs" / name).summary["heldout_win_rate"]
+        assert set(rates) == {"helpful", "harmless"}
+        assert all(0 <= rate <= 1 for rate in rates.values())
     command = read_run(here / "s" / "runs" / ids[1]).summary["command"]
     assert command.startswith("mopo sweep hparams=smoke")
     found = build.read_sweep(here / "s")

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mopo_cli.base.errors import UserError
 from mopo_cli.commands.export import check_target
-from mopo_cli.commands.sample import printable
+from mopo_cli.commands.sample import printable, prompts_of
 from mopo_cli.evaluation.card import model_card
 from mopo_cli.evaluation.prompts import in_form_of, known_example
 from mopo_cli.runs.directory import RunDirectory
@@ -70,7 +70,7 @@ class TestMistakesOfSample:
             (("prompt=a", "sampling.top_p=0"), "sampling.top_p=0.0: must be in (0, 1]"),
             (("prompts=nowhere.txt",), "prompts=nowhere.txt: cannot be read"),
             (("prompts=empty.txt",), "prompts=empty.txt: holds no prompts"),
-            (("prompts=bad.jsonl",), 'bad.jsonl:2: expected a JSON object with a prompt, as {"prompt": "..."}'),
+            (("prompts=bad.jsonl",), 'bad.jsonl:2: expected a JSON object, found ["a"]'),
             (("prompt=a", "run=nowhere"), "run=nowhere: no finished run there"),
             (("prompt=a",), "run: no finished run under outputs/train/"),
         ],
@@ -82,6 +82,38 @@ class TestMistakesOfSample:
         assert done.status == 2
         assert told in done.err
         assert done.err.count("\n") == 1
+
+
+class TestFilesOfPrompts:
+    MESSAGES: list[dict[str, str]] = [{"role": "user", "content": "b"}]  # noqa: RUF012
+
+    @pytest.mark.parametrize(
+        ("name", "text", "prompts"),
+        [
+            ("a.txt", "\ufeffone\r\n\ntwo \u2028 three\n", ["one", "two \u2028 three"]),
+            ("a.jsonl", '\ufeff{"prompt": "a"}\n\n{"prompt": [{"role": "user", "content": "b"}]}\n', ["a", MESSAGES]),
+            ("a.json", '[{"prompt": "a", "chosen": "x"}, {"prompt": "é"}]', ["a", "é"]),
+        ],
+    )
+    def test_are_read_as_data_are(self, tmp_path: Path, name: str, text: str, prompts: list[Any]):
+        (tmp_path / name).write_bytes(text.encode())
+        assert prompts_of(str(tmp_path / name)) == prompts
+
+    @pytest.mark.parametrize(
+        ("text", "told"),
+        [
+            ('{"prompt": ""}\n', ":1: prompt is empty"),
+            ('{"prompt": 5}\n', ":1: prompt must be a string or a list of messages, found 5"),
+            ('{"text": "a"}\n', ":1: prompt is missing"),
+            ('{"prompt": [{"role": "me", "content": "a"}]}\n', ":1: prompt has the role 'me'"),
+            ("{oops\n", ":1: not JSON at column 2"),
+        ],
+    )
+    def test_a_line_that_holds_none(self, tmp_path: Path, text: str, told: str):
+        (tmp_path / "a.jsonl").write_text(text)
+        with pytest.raises(UserError) as caught:
+            prompts_of(str(tmp_path / "a.jsonl"))
+        assert told in str(caught.value)
 
 
 class TestWhereToExport:
@@ -139,7 +171,33 @@ class TestCard:
         text = model_card(self.settings, {**self.summary, "aim": aim}, {})
         assert "seed 0): objectives weighed helpful 0.7, safe\\|r 0.3.\n" in text
         text = model_card(self.settings, {**self.summary, "aim": ""}, {})
-        assert "seed 0): as helpful as possible, with safe\\|r at least 0.550.\n" in text
+        assert "with safe\\|r at least 0.550 (undecided: win rate 0.570 ± 0.030).\n" in text
+
+    @pytest.mark.parametrize(
+        ("verdict", "threshold", "said"),
+        [
+            ("no", 0.65, "safe\\|r at least 0.650 (missed: win rate 0.570 ± 0.030)."),
+            ("yes", 0.5, "safe\\|r at least 0.500."),
+            ("no", 0.58, "safe\\|r at least 0.580 (missed: exact win rate 0.575)."),
+        ],
+    )
+    def test_opens_with_what_became_of_a_threshold(self, verdict: str, threshold: float, said: str):
+        changed = {"threshold": threshold, "satisfied_with_confidence": verdict}
+        results = {**self.summary["objectives"], "safe|r": {**self.summary["objectives"]["safe|r"], **changed}}
+        exact = {"win_rate": {"helpful": 0.6, "safe|r": 0.575}, "feasible": True}
+        text = model_card(self.settings, {**self.summary, "objectives": results, "oracle": exact}, {})
+        assert said in text
+
+    def test_a_threshold_of_the_schedule_was_not_asked_for(self):
+        objectives = {"helpful": {"role": "primary"}, "safe|r": {"role": "secondary", "threshold": None}}
+        text = model_card({**self.settings, "objectives": objectives}, self.summary, {})
+        assert "safe\\|r at least 0.550, which the run set itself (undecided" in text
+
+    def test_thresholds_out_of_reach_are_told_with_what_is_attainable(self):
+        exact = {"win_rate": {"helpful": 0.6}, "feasible": False, "attainable": {"safe|r": 0.54}}
+        text = model_card(self.settings, {**self.summary, "oracle": exact}, {})
+        said = "safe\\|r at least 0.550 is out of reach: at most 0.540 is attainable."
+        assert f"No policy keeps these thresholds: {said}" in text
 
     def test_text_of_others_is_no_markup(self):
         told = model_card(self.settings, self.summary, {"source": "<script>alert(1)</script>\n# title"})

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from test_logprobs import CONVERSATION, TEMPLATE, encoder
 
+from mopo_cli.base.processes import ONE_THREAD, TOKENIZERS
 from mopo_cli.base.types import Example
 from mopo_cli.data import batches
 from mopo_cli.data.batches import batch_rows, length_order
-from mopo_cli.data.encoder import Encoder
+from mopo_cli.data.encoder import Encoder, _tokenizer_threads
 from mopo_cli.data.table import TableBuilder, TokenRow, TokenTable, row_length
 from mopo_cli.training import cache
 
@@ -108,14 +109,19 @@ def test_encoding_many_rows_is_encoding_each(settings: dict[str, Any], block: in
     assert made.table(EXAMPLES) == [made.row(e.prompt, e.responses) for e in EXAMPLES], "a slow tokenizer"
 
 
-def test_threads_of_the_tokenizer_end_with_the_encoding(monkeypatch: pytest.MonkeyPatch):
-    for before, after in (("false", "false"), ("true", "true"), (None, "false")):
-        if before is None:
-            monkeypatch.delenv("TOKENIZERS_PARALLELISM")
-        else:
-            monkeypatch.setenv("TOKENIZERS_PARALLELISM", before)
-        encoder().table(EXAMPLES)
-        assert os.environ["TOKENIZERS_PARALLELISM"] == after
+@pytest.mark.parametrize(
+    ("before", "inside", "after"),
+    [("false",) * 3, ("true",) * 3, (None, "true", ONE_THREAD), (ONE_THREAD, "true", ONE_THREAD)],
+)
+def test_threads_of_the_tokenizer_end_with_the_encoding_and_are_the_users_to_choose(
+    monkeypatch: pytest.MonkeyPatch, before: str | None, inside: str, after: str
+):
+    monkeypatch.setenv(TOKENIZERS, before or "")
+    if before is None:
+        monkeypatch.delenv(TOKENIZERS)
+    with _tokenizer_threads():
+        assert os.environ[TOKENIZERS] == inside
+    assert os.environ[TOKENIZERS] == after
 
 
 class TestKept:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq, linprog, minimize
 
@@ -303,7 +305,14 @@ def test_trading_one_prompt_for_another_makes_thresholds_reachable():
 def test_the_least_slack_is_the_linear_programmes(seed, prompts, responses, objectives):
     win_rates, log_reference = problem(seed, prompts, responses, objectives)
     thresholds = np.random.default_rng(seed).uniform(0.3, 0.8, objectives - 1)
-    # maximise t over policies with R_j - b_j >= t
+    slack = largest_slack(win_rates, thresholds)
+    assert least_slack(win_rates[..., 1:], thresholds) == pytest.approx(slack, abs=1e-7)
+    if abs(slack) > 1e-6:
+        assert solve(win_rates, log_reference, 0.1, thresholds).feasible == (slack > 0)
+
+
+def largest_slack(win_rates: np.ndarray, thresholds: np.ndarray) -> float:
+    """max over policies of min_j (R_j - b_j), as a linear programme over all probabilities at once."""
     n, a, k = win_rates.shape
     gains = np.stack([win_rates[..., j].ravel() / n for j in range(1, k)])
     best = linprog(
@@ -314,9 +323,79 @@ def test_the_least_slack_is_the_linear_programmes(seed, prompts, responses, obje
         b_eq=np.ones(n),
         bounds=[(0, 1)] * (n * a) + [(None, None)],
     )
-    assert least_slack(win_rates[..., 1:], thresholds) == pytest.approx(-best.fun, abs=1e-7)
-    if abs(best.fun) > 1e-6:
-        assert solve(win_rates, log_reference, 0.1, thresholds).feasible == (best.fun < 0)
+    return -best.fun
+
+
+def table(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Any table: smooth, with ties, of responses hardly apart, or of nothing but 0 and 1; thresholds up to the edge and
+    beyond."""
+    rng = np.random.default_rng(seed)
+    shape = tuple(int(rng.integers(low, high)) for low, high in ((1, 5), (2, 7), (2, 5)))
+    smooth = rng.random(shape)
+    kinds = (smooth, smooth.round(1), 0.5 + 1e-3 * smooth, (smooth < 0.5).astype(float))
+    win_rates = kinds[seed % len(kinds)]
+    mu = np.maximum(rng.dirichlet(np.full(shape[1], rng.choice([0.3, 2.0])), size=shape[0]), 1e-12)
+    least, most = win_rates[..., 1:].min(axis=1).mean(axis=0), win_rates[..., 1:].max(axis=1).mean(axis=0)
+    thresholds = least + (most - least) * rng.uniform(0.2, 1.02, shape[2] - 1)
+    return win_rates, np.log(mu / mu.sum(axis=1, keepdims=True)), thresholds
+
+
+@given(st.integers(0, 100_000), st.floats(-3.0, 3.0))
+@example(193, 3.0)
+@example(113, 2.9)
+@settings(max_examples=80, deadline=None)
+def test_feasible_is_what_the_linear_programme_says_at_any_tau_and_then_the_optimum_is_one(seed, magnitude):
+    win_rates, log_reference, thresholds = table(seed)
+    slack = largest_slack(win_rates, thresholds)
+    if abs(slack) < 1e-7:
+        return
+    found = solve(win_rates, log_reference, 10.0**magnitude, thresholds)
+    assert found.feasible == (slack > 0)
+    if found.feasible:
+        assert (found.win_rates[1:] >= thresholds - 1e-7).all()
+        assert_certified(found)
+        assert found.shortfall == 0.0
+    else:
+        assert found.shortfall == pytest.approx(-slack, abs=1e-7)
+
+
+@pytest.mark.parametrize("tau", [1e-3, 0.1, 100.0, 1e3])
+def test_a_high_temperature_needs_a_multiplier_as_high(tau):
+    """Nearly all mass on the better of two responses: lambda / tau is log odds over the gap, whatever tau."""
+    win_rates, log_reference = np.array([[[0.5, 0.4], [0.5, 0.6]]]), np.log([[0.5, 0.5]])
+    found = solve(win_rates, log_reference, tau, np.array([0.5998]))
+    assert_certified(found)
+    assert found.win_rates[1] == pytest.approx(0.5998, abs=1e-9)
+    assert found.duals[0] / tau == pytest.approx(np.log(0.999 / 0.001) / 0.2, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"tau": 0.0}, "tau=0.0: must be above 0"),
+        ({"tau": -1.0}, "tau=-1.0: must be above 0"),
+        ({"tau": np.nan}, "tau=nan: must be above 0"),
+        ({"tau": np.inf}, "tau=inf: must be above 0"),
+        ({"win_rates": np.nan}, "win_rates[1, 2, 0]=nan: must be a number"),
+        ({"win_rates": np.inf}, "win_rates[1, 2, 0]=inf: must be a number"),
+        ({"thresholds": np.nan}, "thresholds[1]=nan: must be a number, or -inf for none"),
+        ({"thresholds": np.inf}, "thresholds[1]=inf: must be a number, or -inf for none"),
+        ({"log_reference": np.nan}, "log_reference[1, 2]=nan: must be a number, or -inf"),
+        ({"log_reference": 0.0}, "sum of exp(log_reference)[1]=1."),
+        ({"log_reference": -np.inf}, "sum of exp(log_reference)[1]=0."),
+    ],
+)
+def test_what_poses_no_problem_is_refused_with_its_place(change, said):
+    win_rates, log_reference = problem(0, objectives=3)
+    thresholds, tau = np.array([0.5, 0.5]), change.get("tau", 0.1)
+    if "win_rates" in change:
+        win_rates[1, 2, 0] = change["win_rates"]
+    if "thresholds" in change:
+        thresholds[1] = change["thresholds"]
+    if "log_reference" in change:
+        log_reference[1, 2] = change["log_reference"]
+    with pytest.raises(ValueError, match=re.escape(said)):
+        solve(win_rates, log_reference, tau, thresholds)
 
 
 # --------------------------------------------------------------------------------------------- properties

@@ -14,19 +14,23 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from peft import PeftConfig, PeftModel
 from policies import asking
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from mopo_cli.base.errors import UserError
+from mopo_cli.commands.export import write_merged
 from mopo_cli.config.compose import compose, typed
 from mopo_cli.config.schema import LoraConfig, ModelConfig, TokenizerConfig, TrainConfig
 from mopo_cli.data.batches import Collator
 from mopo_cli.data.table import TokenRow
+from mopo_cli.evaluation.entrants import Entrant
 from mopo_cli.models import hub as models_hub
 from mopo_cli.models import load
 from mopo_cli.models.load import load_policy
 from mopo_cli.models.logprobs import all_logps, can_pack, response_logps
+from mopo_cli.models.policy import Policy
 from mopo_cli.models.tokenizers import load_tokenizer, train_tokenizer
 
 torch.set_num_threads(1)  # threads only get in each other's way on tiny models
@@ -522,3 +526,98 @@ def test_an_adapter_directory_is_merged_into_its_base(hub, tmp_path):
     record = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**record, "base_model_name_or_path": None}))
     assert "an adapter whose base model is not known" in message(config)
+
+
+# --------------------------------------------------------------------------------------------- what is saved
+def trained(directory: Path, config: ModelConfig, seed: int) -> Policy:
+    """A policy after a step's worth of change, saved."""
+    policy = Policy.load(config, load_tokenizer(config, []), seed=0)
+    shake(policy.model, seed)
+    policy.save(directory)
+    return policy
+
+
+def logits_of_others(directory: Path) -> torch.Tensor:
+    """What transformers and peft alone make of a directory, on the base model that its record names."""
+    if not (directory / "adapter_config.json").is_file():
+        return logits(AutoModelForCausalLM.from_pretrained(directory))
+    base = PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
+    return logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(directory)))
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.arange(5, 17)[None]).logits
+
+
+@pytest.mark.parametrize(
+    ("below", "lora"),
+    [
+        (None, {}),
+        (None, {"r": 4, "alpha": 6}),
+        ({"r": 4, "alpha": 8}, {}),
+        ({"r": 4, "alpha": 8}, {"r": 3, "alpha": 7.5}),
+        ({"r": 2, "alpha": 8, "target_modules": ["q_proj", "down_proj"]}, {"r": 4, "alpha": 8}),
+    ],
+    ids=["full", "LoRA", "merged", "LoRA on LoRA", "LoRA on fewer layers"],
+)
+def test_what_is_saved_is_what_was_trained(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, below: dict[str, Any] | None, lora: dict[str, Any]
+):
+    monkeypatch.chdir(hub.parent)
+    config = local(hub.name, lora=LoraConfig(**lora))  # a path from here, which is nowhere later
+    if below is not None:
+        first = trained(tmp_path / "first", local(hub.name, lora=LoraConfig(**below)), seed=1)
+        config = replace(config, path=str(tmp_path / "first"))
+        start = Policy.load(config, load_tokenizer(config, []), seed=0)
+        torch.testing.assert_close(logits(start.model), logits(first.model), atol=1e-5, rtol=1e-5)
+    policy = trained(tmp_path / "run" / "model", config, seed=2)
+    monkeypatch.chdir(tmp_path)
+    told = logits(policy.model)
+    for place in (tmp_path / "run" / "model", shutil.copytree(tmp_path / "run" / "model", tmp_path / "exported")):
+        torch.testing.assert_close(logits_of_others(Path(place)), told)
+    with_path = config if below is not None else replace(config, path=str(hub))
+    again = Policy.load(with_path, policy.tokenizer, seed=5)
+    again.load_weights(tmp_path / "run" / "model")
+    torch.testing.assert_close(logits(again.model), told)
+    plain = local(tmp_path / "run" / "model")  # as `mopo eval run=DIR` reads a directory that is no run
+    torch.testing.assert_close(
+        logits(load_policy(plain, load_tokenizer(plain, []), seed=0)), told, atol=1e-4, rtol=1e-4
+    )
+    if lora:
+        entrant = Entrant("run", str(tmp_path / "run"), "run", TrainConfig(model=with_path))
+        write_merged(entrant, tmp_path / "merged")
+        torch.testing.assert_close(logits_of_others(tmp_path / "merged"), told, atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_of_another_tool(hub: Path, tmp_path: Path):
+    """No tokenizer beside it, and the base model's config.json."""
+    policy = policy_of(hub, r=4)
+    shake(policy, 4)
+    policy.save_pretrained(tmp_path)  # type: ignore[operator]
+    shutil.copy(hub / "config.json", tmp_path)
+    config = local(tmp_path)
+    tokenizer = load_tokenizer(config, [])
+    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(hub).get_vocab()
+    torch.testing.assert_close(logps(load_policy(config, tokenizer, seed=0)), logps(policy), atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_names_the_revision_of_its_base(hub: Path, tmp_path: Path):
+    policy = Policy.load(local(hub, lora=LoraConfig(r=2), revision="abc"), load_tokenizer(local(hub), []), seed=0)
+    policy.save(tmp_path / "a")
+    base = models_hub.base_of_adapter(local(tmp_path / "a"))
+    assert base is not None
+    assert (base.path, base.revision) == (str(hub), "abc")
+
+
+def test_adapters_on_which_no_lora_goes(hub: Path, tmp_path: Path):
+    trained(tmp_path / "a", local(hub, lora=LoraConfig(r=2)), seed=1)
+    config = local(tmp_path / "a", lora=LoraConfig(r=2, target_modules=["q_proj"]))
+    assert "model.lora.target_modules=['q_proj']: the adapter at model.path=" in message(config)
+    record = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**record, "use_dora": True}))
+    assert "cannot load its adapter" in message(config) or "use_dora" in message(config)
+    (tmp_path / "a" / "adapter_config.json").write_text(
+        json.dumps({**record, "base_model_name_or_path": str(tmp_path / "a")})
+    )
+    assert "an adapter that names itself as its base model" in message(config)

@@ -14,8 +14,9 @@ from running import TINY, Finished, read_json, read_metrics
 
 from mopo_cli.algorithms.contract import Aligned
 from mopo_cli.base.types import Objective
-from mopo_cli.config.schema import TrainConfig
-from mopo_cli.evaluation.records import Measured
+from mopo_cli.config.schema import OnPolicyConfig, TrainConfig
+from mopo_cli.evaluation.records import Exact, Measured
+from mopo_cli.maths.significance import verdict
 from mopo_cli.pipeline.diagnostics import warnings
 from mopo_cli.pipeline.outcome import Outcome
 from mopo_cli.training.checkpoints import Work
@@ -33,6 +34,9 @@ HEALTHY: dict[str, Any] = {
     "steps": 400,
     "batch_size": 32,
     "prompts": 128,
+    "rows": {"train": 5000, "heldout": 1000, "test": 144},
+    "oracle": None,
+    "verdicts": {},
     "duals": [[0.5, 0.1], [0.6, 0.2]],
     "thresholds": [0.55, 0.51],
     "n_eff": [128.0, 256.0],
@@ -55,20 +59,25 @@ def outcome(facts: dict[str, Any]) -> Outcome:
     for objective, threshold in zip(facts["objectives"], [None, *facts["thresholds"]], strict=True):
         rate, noise = facts["evaluated"][objective.name], facts["noise"][objective.name]
         interval = (rate - noise, rate + noise)
-        measured[objective.name] = Measured(objective.role, threshold, rate, interval, None, None, "exact")
+        kept = None if threshold is None else rate >= threshold
+        sure = facts["verdicts"].get(objective.name, verdict(interval, threshold))
+        measured[objective.name] = Measured(objective.role, threshold, rate, interval, None, kept, "exact", sure)
     duals = [{f"dual/{name}": dual for name, dual in zip(names[1:], row, strict=True)} for row in facts["duals"]]
     return Outcome(
-        config=TrainConfig(**{key: facts[key] for key in ("tau", "beta", "t0", "steps", "batch_size")}),
+        config=TrainConfig(
+            **{key: facts[key] for key in ("tau", "beta", "t0", "steps", "batch_size")},
+            onpolicy=OnPolicyConfig(prompts=facts["prompts"]),
+        ),
         objectives=facts["objectives"],
         aligned=Aligned(
             Work(),
             **{key: facts[key] for key in ("estimated", "infeasible", "estimator", "attainable", "entropy")},
             off_support=facts["off_support"],
         ),
-        evaluation=evaluation(measured, facts["kl"]),
+        evaluation=evaluation(measured, facts["kl"], facts["oracle"]),
         heldout_accuracy=facts["heldout_accuracy"],
         history=[*duals, *({"n_eff": n} for n in facts["n_eff"])],
-        measured_prompts=facts["prompts"],
+        rows=facts["rows"],
     )
 
 
@@ -101,8 +110,8 @@ class TestSigns:
 
     def test_a_multiplier_at_its_bound_is_infeasible_and_tells_what_is_attainable(self):
         text = only(infeasible=("harmless",), thresholds=[0.95, 0.51])
-        assert text.startswith("infeasible: the multiplier of harmless grew to its bound while its win rate stayed")
-        assert text.endswith("below 0.950; about 0.80 is attainable: lower this threshold")
+        assert text.startswith("infeasible: the multiplier of harmless grew to its bound while the lower bound of its")
+        assert text.endswith("win rate stayed below 0.950; about 0.80 is attainable: lower this threshold")
 
     def test_a_threshold_that_is_attainable_alone_blames_the_others_or_the_training(self):
         assert "about 0.80 is attainable for it alone: lower another threshold" in only(infeasible=("harmless",))
@@ -130,13 +139,29 @@ class TestSigns:
         ("estimator", "advice"),
         [
             ("offline", "batch_size=128 or more would do"),
-            ("heldout", "hold out 4 times the pairs, or use algorithm.estimator=onpolicy"),
+            ("heldout", "hold out 4 times the pairs (dataset.heldout_fraction), or use algorithm.estimator=onpolicy"),
             ("onpolicy", "onpolicy.prompts=512 or more would do"),
         ],
     )
     def test_few_effective_samples_name_the_size_that_would_do(self, estimator: str, advice: str):
         text = only(n_eff=[12.5, 12.5, 400.0], estimator=estimator)
         assert text.startswith(f"the {estimator} estimate of R_j rests on 12 effective samples")
+        assert text.endswith(advice)
+
+    @pytest.mark.parametrize(
+        ("estimator", "advice"),
+        [
+            ("offline", "batch_size=128 or more would do, and there are 40 training rows: give more"),
+            ("heldout", "4 times the held-out pairs would do, and the data are too few: give more, or use "
+                        "algorithm.estimator=onpolicy"),
+            ("onpolicy", "8 held-out rows or more would do, and there are 2: give more rows, or raise "
+                         "dataset.heldout_fraction"),
+        ],
+    )  # fmt: skip
+    def test_no_advice_that_the_data_cannot_follow(self, estimator: str, advice: str):
+        text = only(
+            n_eff=[12.5], estimator=estimator, rows={"train": 40, "heldout": 12 if estimator == "heldout" else 2}
+        )
         assert text.endswith(advice)
 
     @pytest.mark.parametrize("unknown", [math.nan, None])
@@ -166,6 +191,42 @@ class TestSigns:
     def test_an_idle_multiplier_is_a_note(self):
         text = only(duals=[[0.5, 0.0], [0.6, 0.0005]])
         assert text == "note: lambda of concise was 0 throughout: this constraint does not bind here"
+
+    def test_a_missed_threshold_with_an_idle_multiplier_does_not_fail_to_bind(self):
+        evaluated = {**HEALTHY["evaluated"], "concise": 0.45}
+        first, *others = told(duals=[[0.5, 0.0], [0.6, 0.0]], evaluated=evaluated)
+        assert first == (
+            "concise: the win rate 0.450 ± 0.010 is below the threshold 0.510; its multiplier stayed at 0 (the run's "
+            "own estimate: 0.520), so nothing held it"
+        )
+        assert not any("bind" in text for text in others)
+
+    def test_an_idle_multiplier_of_a_constraint_that_is_left_open(self):
+        evaluated = {**HEALTHY["evaluated"], "concise": 0.515}
+        text = only(duals=[[0.5, 0.0], [0.6, 0.0]], evaluated=evaluated)
+        assert text == (
+            "note: lambda of concise was 0 throughout: by the run's own estimate this constraint does not bind; the "
+            "evaluation leaves it open"
+        )
+
+    def test_the_verdict_decides_what_is_missed_not_another_number(self):
+        rates, free = HEALTHY["evaluated"], {"duality_gap": 0.0, "optimum_kl": 0.7, "optimum_duals": {}}
+        exact = Exact(rates | {"harmless": 0.548}, {}, 1.0, 64, 64, rates, 0.0, 0.3, feasible=True, attainable={},
+                      reference=rates, **free)  # fmt: skip
+        assert only(oracle=exact, verdicts={"harmless": "no"}) == (
+            "harmless: the exact win rate 0.548 is below the threshold 0.550"
+        )
+        low = {**rates, "harmless": 0.53}
+        assert not [text for text in told(oracle=exact, evaluated=low, verdicts={"harmless": "yes"}) if "below" in text]
+
+    def test_thresholds_that_no_policy_keeps_together(self):
+        rates = HEALTHY["evaluated"]
+        most = {"harmless": 0.8, "concise": 0.7}
+        beyond = Exact(rates, {}, 1.0, 64, 64, None, None, 0.3, None, None, None, False, most, rates, shortfall=0.034)
+        assert only(oracle=beyond) == (
+            "no policy keeps these thresholds: harmless at least 0.550 and concise at least 0.510 are out of reach "
+            "together: each alone is attainable (harmless 0.800 and concise 0.700); lowered by 0.034 each, all are"
+        )
 
     def test_an_optimistic_estimate_gives_both_numbers(self):
         text = only(estimated={**HEALTHY["estimated"], "harmless": 0.61})
@@ -204,7 +265,16 @@ def test_an_infeasible_threshold_ends_the_run_and_keeps_its_model(run_here: Call
     assert summary["duals"]["harmless"] == 20.0
     assert summary["objectives"]["harmless"]["satisfied"] is False
     attainable = summary["oracle"]["attainable"]["harmless"]
-    expected = "infeasible: the multiplier of harmless grew to its bound while its win rate stayed below 0.950; "
+    assert summary["oracle"]["feasible"] is False
+    for name in ("optimum", "gap", "optimum_kl", "optimum_duals", "duality_gap"):
+        assert summary["oracle"][name] is None
+    assert f"no optimum: harmless at least 0.950 is out of reach: at most {attainable:.3f} is attainable" in done.out
+    page, card = (run / "report.html").read_text(), (run / "model" / "README.md").read_text()
+    assert "harmless at least 0.950 (missed:" in card
+    for text in (page, card):
+        assert f"harmless at least 0.950 is out of reach: at most {attainable:.3f} is attainable" in text
+    expected = "infeasible: the multiplier of harmless grew to its bound while the lower bound of its win rate stayed "
+    expected += "below 0.950; "
     assert summary["warnings"][0].startswith(f"{expected}about {attainable:.2f} is attainable")
     assert f"warning: {expected}" in done.err
     assert "warning: objectives.harmless.threshold=0.95 looks out of reach" in done.err

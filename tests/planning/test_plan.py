@@ -5,15 +5,27 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from running import TINY, Finished, read_json
 
+from mopo_cli.commands.plan import advice, objective_table
 from mopo_cli.data.assistant import SCORED, World, assistant
 from mopo_cli.maths import oracle
-from mopo_cli.planning.attainable import label_errors, optimum, pair_front, suggestions
+from mopo_cli.planning.attainable import (
+    ObjectivePlan,
+    Plan,
+    SettingsPlan,
+    _verdicts,
+    label_errors,
+    optimum,
+    pair_front,
+    suggestions,
+)
 from mopo_cli.planning.evidence import Evidence, LabelledRows, ResponsePool
 
 Run = Callable[..., Finished]
@@ -121,6 +133,82 @@ class TestErrors:
             90,
         )
         np.testing.assert_allclose(label_errors(padded, TAU, np.ones(1))[0], label_errors(wider, TAU, np.ones(1))[0])
+
+
+def planned_objectives(**changes: dict[str, Any]) -> dict[str, ObjectivePlan]:
+    primary = ObjectivePlan("primary", None, False, 0.5, 0.6, 0.01, 0.8, None, "", 100, 200, 0.01)
+    bound = ObjectivePlan("secondary", 0.5, False, 0.4, 0.5, 0.01, 0.7, 0.3, "binds", 100, 67, 0.01)
+    objectives = {"helpful": primary, "harmless": bound, "concise": bound}
+    return {name: replace(plan, **changes.get(name, {})) for name, plan in objectives.items()}
+
+
+def plan_of(objectives: dict[str, ObjectivePlan], feasible: bool = True, **settings: float) -> Plan:
+    chosen = SettingsPlan(**{"epsilon": 0.01, "n_eff": 2.0, "kl": 0.5, "beta": 0.99, "t0": math.inf, "refreshes": 0,
+                             "steps": 600, **settings})  # type: ignore[arg-type]  # fmt: skip
+    return Plan(objectives, feasible, 0.034, [], [], chosen, 300, 2, {}, TAU, 12, 8, 0, 1.0)
+
+
+NO_OPTIMUM: dict[str, Any] = {
+    "win_rate": None,
+    "ci95": None,
+    "dual": None,
+    "pairs_needed": None,
+    "prompts_needed": None,
+}
+
+
+class TestAdvice:
+    def test_thresholds_of_the_user_s_own(self):
+        assert "t0          inf: every threshold is your own" in "\n".join(advice(plan_of(planned_objectives())))
+
+    def test_a_schedule_that_never_refreshes_is_not_called_the_user_s_own(self):
+        lines = "\n".join(advice(plan_of(planned_objectives(concise={"scheduled": True}), t0=700.0)))
+        assert "every threshold is your own" not in lines
+        assert "* where the schedule starts, and stays" in lines
+        assert "t0=700 steps, and steps=600; for another, set objectives.concise.threshold" in lines
+
+    def test_a_schedule_with_refreshes(self):
+        lines = "\n".join(advice(plan_of(planned_objectives(concise={"scheduled": True}), t0=200.0, refreshes=2)))
+        assert "* on the schedule; beta=0.99 t0=200" in lines
+
+    def test_what_samples_need_stands_beside_what_there_is(self):
+        assert "harmless 67, concise 67; held out are 2" in "\n".join(advice(plan_of(planned_objectives())))
+
+    def test_a_threshold_out_of_reach_has_no_optimum_and_says_what_is_attainable(self):
+        beyond = {"threshold": 0.99, "verdict": "infeasible", **NO_OPTIMUM}
+        other = {"verdict": "attainable", **NO_OPTIMUM}
+        plan = plan_of(planned_objectives(helpful=NO_OPTIMUM, harmless=beyond, concise=other), feasible=False)
+        first, second, *rest = advice(plan)
+        assert first == "harmless: 0.990 is out of reach; at most 0.700 is attainable, alone"
+        assert second == "so there is no optimum to predict: lower a threshold"
+        assert not any("optimum" in text or "attainable alone" in text for text in rest if "t0" not in text)
+        columns = {column.header: list(column.cells) for column in objective_table(plan).columns}
+        assert columns["predicted"] == ["", "", ""]
+        assert columns["price λ"] == ["", "", ""]
+
+    def test_thresholds_out_of_reach_together(self):
+        together = {"verdict": "infeasible together", **NO_OPTIMUM}
+        plan = plan_of(planned_objectives(helpful=NO_OPTIMUM, harmless=together, concise=together), feasible=False)
+        assert advice(plan)[0] == (
+            "harmless at least 0.500 and concise at least 0.500 are out of reach together: each alone is attainable "
+            "(harmless 0.700 and concise 0.700); lowered by 0.034 each, all are"
+        )
+
+    def test_verdicts_do_not_call_attainable_what_is_not(self, truth):
+        evidence = Evidence(NAMES, TAU, truth, silent(), truth)
+        most = oracle.attainable(truth.win_rates, truth.log_reference)[1:]
+        for thresholds, verdicts in (
+            ([most[0] + 0.01, 0.3], ["infeasible", "attainable"]),
+            ([most[0] - 0.01, most[1] - 0.01], ["infeasible together"] * 2),
+            ([0.2, 0.2], ["never binds"] * 2),
+        ):
+            b = np.array(thresholds)
+            assert _verdicts(evidence, optimum(evidence, b), b) == verdicts
+
+    def test_a_threshold_at_a_constant_win_rate_is_no_contradiction(self):
+        flat = ResponsePool(np.array([[[0.9, 0.5], [0.1, 0.5]]]), np.log([[0.5, 0.5]]))
+        evidence = Evidence(NAMES[:2], TAU, flat)
+        assert _verdicts(evidence, optimum(evidence, [0.5]), np.array([0.5])) == ["never binds"]
 
 
 SMALL = ("plan.prompts=12", "plan.responses=8", "plan.thresholds=3")

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from browser import Tab, chromium, tab
-from run_directories import summary, write_run, write_sweep
+from run_directories import FRONT, summary, write_run, write_sweep
 from running import Finished
 
 from mopo_cli.base.errors import UserError
@@ -118,7 +119,74 @@ class TestRuns:
     def test_other_data_is_told(self, tmp_path: Path):
         a = write_run(tmp_path / "a", PAIR, settings={"dataset.path": "one.jsonl"})
         b = write_run(tmp_path / "b", PAIR, settings={"dataset.path": "two.jsonl"})
-        assert "measured on different data" in built(a, b).notices[0]
+        found = built(a, b)
+        assert "measured on different data" in found.notices[0]
+        assert found.sections[0].quality is None, "no hypervolume of what is no one scale"
+        assert "is at least as good" not in found.sections[0].figures[0].caption
+        assert all(row["front"] for row in found.sections[0].data["runs"])
+        assert "hypervolume</dt>" not in page.render(found)
+
+    def test_thresholds_out_of_reach_have_no_optimum(self, tmp_path: Path):
+        rates, asked = {"helpful": 0.6, "harmless": 0.5}, {"harmless": 0.9}
+        run = write_run(tmp_path / "a", rates, asked, exact=True, attainable={"harmless": 0.8}, front=FRONT)
+        found = built(run)
+        columns = {column.title: [cell.text for cell in cells] for column, cells in page.objective_table(found.runs[0])}
+        assert "optimum" not in columns
+        assert columns["attainable"] == ["", "0.800"]
+        facts = dict(page.facts(found.runs[0]))
+        assert facts["optimum"] == "none: harmless at least 0.900 is out of reach: at most 0.800 is attainable"
+        assert "below the optimum" not in facts
+        assert not any(key.startswith("o") for row in found.sections[0].data["runs"] for key in row)
+        assert "Crosses" not in " ".join(figure.caption for figure in found.sections[0].figures)
+        assert "optimum/helpful,," not in page.csv_text(found)
+        line = next(csv.DictReader(io.StringIO(page.csv_text(found))))
+        assert (line["optimum/helpful"], line["gap"], line["attainable/harmless"]) == ("", "", "0.8")
+
+    def test_one_run_s_fronts_show_the_exact_one(self, tmp_path: Path):
+        run = write_run(tmp_path / "a", {"helpful": 0.5, "harmless": 0.5}, {"harmless": 0.5}, exact=True, front=FRONT)
+        section = built(run).sections[0]
+        (panel,) = section.figures[0].panels
+        lines = [layer for layer in panel.chart["layer"] if layer["mark"].get("type") == "line"]
+        places = lines[0]["data"]["values"]
+        assert len(places) > 10
+        edge = {place["x"]: place["y"] for place in places}
+        assert max(edge) == pytest.approx(0.715, abs=0.003)  # all of it that lies above and right of the run
+        assert all(y >= 0.45 for y in edge.values())
+        spans = [layer["encoding"] for layer in panel.chart["layer"] if "scale" in layer["encoding"].get("x", {})]
+        assert spans[0]["x"]["scale"]["domain"][1] > max(edge)
+        assert spans[0]["y"]["scale"]["domain"][1] > max(edge.values())
+
+    def test_every_objective_has_its_exact_diamond(self, tmp_path: Path):
+        run = write_run(tmp_path / "a", {"helpful": 0.6, "harmless": 0.5}, {"harmless": 0.5}, exact=True, front=FRONT)
+        section = built(run).sections[0]
+        assert [row["exact"] for row in section.data["reached"]] == [0.6, 0.5]
+        figure = next(figure for figure in section.figures if figure.id == "training")
+        for k in (0, 1):
+            marks_ = [layer["mark"] for layer in figure.panels[k].chart["layer"]]
+            assert any(isinstance(mark, dict) and mark.get("shape") == "diamond" for mark in marks_)
+
+    @pytest.mark.parametrize(("verdict", "told"), [("yes", "kept"), ("no", "missed"), ("undecided", "undecided")])
+    def test_a_verdict_has_the_same_word_everywhere(self, tmp_path: Path, verdict: str, told: str):
+        run = write_run(tmp_path / "a", {"helpful": 0.6, "harmless": 0.5}, {"harmless": 0.5})
+        summary_ = json.loads((run / "summary.json").read_text())
+        summary_["objectives"]["harmless"]["satisfied_with_confidence"] = verdict
+        (run / "summary.json").write_text(json.dumps(summary_))
+        found = built(run)
+        columns = {column.title: [cell.text for cell in cells] for column, cells in page.objective_table(found.runs[0])}
+        assert columns["threshold kept"] == ["", told]
+        titles, rows = page.table(found)
+        place = [column.title for column in titles].index("thresholds")
+        assert rows[0][1][place].text == told
+
+    def test_a_threshold_that_nobody_asked_for_is_marked(self, tmp_path: Path):
+        run = write_run(tmp_path / "a", {"helpful": 0.6, "harmless": 0.5}, {"harmless": 0.45})
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        config["objectives"]["harmless"]["threshold"] = None
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+        record = read_run(run)
+        columns = {column.title: [cell.text for cell in cells] for column, cells in page.objective_table(record)}
+        assert columns["threshold"] == ["", "0.450*"]
+        assert dict(page.facts(record))["thresholds"].startswith("*: no threshold of yours")
 
     def test_settings_that_differ_are_found_without_a_sweep(self, tmp_path: Path):
         runs = [read_run(write_run(tmp_path / f"{t}", PAIR, settings={"tau": t})) for t in (0.2, 0.04, 0.1)]
@@ -313,6 +381,13 @@ class TestCommand:
         front = np.array([list(point.values()) for point in oracle["front"]])
         assert nondominated(front).all()
         assert (front.max(axis=0) >= np.array(list(oracle["optimum"].values())) - 1e-6).all()
+
+    @pytest.mark.slow
+    def test_the_curve_ends_where_the_summary_says(self, smoke: Path):
+        told = json.loads((smoke / "summary.json").read_text())
+        last = json.loads((smoke / "metrics.jsonl").read_text().splitlines()[-1])
+        for name, objective in told["objectives"].items():
+            assert last[f"win_rate/{name}"] == objective["estimated_win_rate"] == told["heldout_win_rate"][name]
 
 
 class TestInABrowser:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from signal import SIGKILL
@@ -18,7 +19,7 @@ from mopo_cli.base.errors import UserError
 from mopo_cli.base.text import flat
 from mopo_cli.config.schema import LoggerConfig
 from mopo_cli.runs.directory import RunDirectory
-from mopo_cli.runs.tracking import Tracker, printable, wandb_mode
+from mopo_cli.runs.tracking import Tracker, _start_wandb, check_logger, printable, wandb_mode
 
 Run = Callable[..., Finished]
 KEY = "0123456789" * 4
@@ -86,9 +87,83 @@ class TestMode:
             mode()
 
 
+@pytest.mark.usefixtures("here")
+class TestLimits:
+    @pytest.mark.parametrize(
+        ("settings", "name", "told"),
+        [
+            ({"project": "a/b"}, "r", "logger.project=a/b: must be without /, as W&B has it"),
+            ({"project": "p" * 129}, "r", "must be 1 to 128 characters, as W&B has it; found 129"),
+            ({"project": ""}, "r", "logger.project=: must be 1 to 128 characters"),
+            ({"group": "g" * 129}, "r", "logger.group=ggg"),
+            ({"tags": ["a", "t" * 65]}, "r", "must be 1 to 64 characters, as W&B has it; found 65"),
+            ({"tags": [""]}, "r", "logger.tags: '' must be 1 to 64 characters"),
+            ({}, "n" * 129, "run.name=nnn"),
+        ],
+    )
+    def test_what_wandb_would_refuse_later_is_refused_at_once(self, settings: dict[str, Any], name: str, told: str):
+        with pytest.raises(UserError) as caught:
+            check_logger(LoggerConfig(name="wandb", **settings), name)
+        assert told in str(caught.value)
+        check_logger(LoggerConfig(name="wandb", mode="disabled", **settings), name)
+        check_logger(LoggerConfig(**settings), name)
+
+    def test_the_most_that_it_takes(self):
+        check_logger(LoggerConfig(name="wandb", project="p" * 128, tags=["t" * 64]), "n" * 128)
+
+
+class Asked:
+    """In place of the module wandb: what it was asked for."""
+
+    def __init__(self) -> None:
+        self.arguments: dict[str, Any] = {}
+
+    def Settings(self, **settings: Any) -> dict[str, Any]:  # noqa: N802
+        return settings
+
+    def init(self, **arguments: Any) -> None:
+        self.arguments = arguments
+
+
+@pytest.mark.usefixtures("here")
+class TestVariablesOfWandb:
+    def asked(self, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> dict[str, Any]:
+        fake = Asked()
+        monkeypatch.setitem(sys.modules, "wandb", fake)
+        _start_wandb(RunDirectory(Path("r")), LoggerConfig(name="wandb", **settings), {}, "mine", False, "train")
+        return fake.arguments
+
+    def test_without_them_the_run_tells(self, monkeypatch: pytest.MonkeyPatch):
+        asked = self.asked(monkeypatch)
+        assert (asked["project"], asked["name"], asked["dir"], asked["tags"]) == ("mopo", "mine", "r", [])
+        assert asked["settings"]["console"] == "off"
+
+    def test_no_default_is_put_over_them(self, monkeypatch: pytest.MonkeyPatch):
+        variables = {"PROJECT": "theirs", "NAME": "n", "DIR": "d", "TAGS": "a,b", "JOB_TYPE": "j", "CONSOLE": "wrap"}
+        for key, value in variables.items():
+            monkeypatch.setenv(f"WANDB_{key}", value)
+        asked = self.asked(monkeypatch)
+        found = [asked[key] for key in ("project", "name", "dir", "tags", "job_type")]
+        assert found == ["theirs", "n", "d", ["a", "b"], "j"]
+        assert "console" not in asked["settings"]
+        assert self.asked(monkeypatch, project="ours")["project"] == "ours"  # what the config says comes first
+
+
 class TestLines:
     def tracker(self, path: Path, active: bool = True) -> Tracker:
         return Tracker(RunDirectory(path), LoggerConfig(), {}, "name", active=active)
+
+    def test_the_last_line_takes_what_was_measured_after_it(self, tmp_path: Path):
+        tracker = self.tracker(tmp_path)
+        tracker.amend(kl=0.1)  # before any line there is nothing to amend
+        tracker.log(5, loss=1.0, **{"win_rate/a": 0.5})
+        tracker.log(10, loss=0.9, **{"win_rate/a": 0.55})
+        tracker.amend(kl=0.2, **{"win_rate/a": 0.538})
+        tracker.finish()
+        assert read_metrics(tmp_path) == [
+            {"step": 5, "loss": 1.0, "win_rate/a": 0.5},
+            {"step": 10, "loss": 0.9, "win_rate/a": 0.538, "kl": 0.2},
+        ]
 
     def test_each_step_is_there_at_once_and_in_strict_json(self, tmp_path: Path):
         tracker = self.tracker(tmp_path)

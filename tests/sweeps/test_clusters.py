@@ -83,23 +83,40 @@ class TestSearch:
 
         return Optuna(**settings).open([overrides], (), earlier)
 
-    def result(self, name: str, tau: float) -> RunRecord:
-        rates = {"a": ("primary", 1 - tau, None), "b": ("secondary", tau, 0.3)}
+    def result(self, name: str, tau: float, luck: float = 0.0) -> RunRecord:
+        """Held-out win rates by tau; those on test prompts lie apart by luck."""
+        rates = {"a": ("primary", 1 - tau + luck, None), "b": ("secondary", tau - luck, 0.3)}
         objectives = {
             key: {"role": role, "win_rate": rate, "win_rate_ci95": [rate, rate], "threshold": threshold}
             for key, (role, rate, threshold) in rates.items()
         }
-        return RunRecord(name, RunFiles(Path("nowhere") / name), "done", summary={"objectives": objectives})
+        summary = {"objectives": objectives, "heldout_win_rate": {"a": 1 - tau, "b": tau}}
+        return RunRecord(name, RunFiles(Path("nowhere") / name), "done", summary=summary)
 
-    def proposed(self, count: int, earlier: tuple[dict[str, str], ...] = (), seed: int = 0) -> list[dict[str, str]]:
+    def proposed(
+        self, count: int, earlier: tuple[dict[str, str], ...] = (), seed: int = 0, luck: float = 0.0
+    ) -> list[dict[str, str]]:
         space = ("steps=9", "tau=interval(0.05,1.0)", "beta=0.9,0.99", "seed=range(0,10,3)")
         points = self.search(*space, earlier=earlier, trials=count, startup=3, seed=seed)
         found = []
         while (point := points.next()) is not None:
             assert point.overrides[0] == "steps=9"
             found.append(point.varying)
-            points.tell(point, self.result(point.id, float(point.varying["tau"])))
+            points.tell(point, self.result(point.id, float(point.varying["tau"]), luck * (-1) ** len(found)))
         return found
+
+    def test_it_never_learns_from_test_prompts(self):
+        assert self.proposed(9, luck=0.4) == self.proposed(9)
+
+    def test_a_run_of_before_without_held_out_numbers_teaches_nothing(self):
+        from mopo_cli.sweeps.search import heldout_of
+
+        record = self.result("r", 0.1)
+        assert heldout_of(record) == {"a": 0.9, "b": 0.1}
+        assert (
+            heldout_of(RunRecord("r", record.files, "done", summary={"objectives": record.summary["objectives"]}))
+            is None
+        )
 
     def test_points_lie_in_the_space(self):
         for point in self.proposed(12):
@@ -140,6 +157,9 @@ class TestSearch:
         for record in told["runs"]:
             assert (here / "s" / "runs" / record["id"] / "summary.json").exists()
             assert record["id"] == f"tau={record['overrides']['tau']}"
+            assert 0 <= record["heldout/helpful"] <= 1
+        assert "on held-out prompts" in more.out
+        assert told["best"] is None or told["best"]["chosen_by"] == "heldout_win_rate"
 
 
 # --------------------------------------------------------------------------------------------- Ray

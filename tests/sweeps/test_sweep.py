@@ -16,14 +16,15 @@ from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
+from run_directories import write_run
 from running import TIMEOUT, TINY, Finished, owner, read_json, results, start, stop_when, wait_for
 
 from mopo_cli.base.errors import UserError
 from mopo_cli.config.compose import compose, typed
 from mopo_cli.config.schema import TrainConfig
 from mopo_cli.runs.directory import RunDirectory, open_run
-from mopo_cli.runs.record import RunFiles, RunRecord
-from mopo_cli.sweeps.board import Board, Line, short_names
+from mopo_cli.runs.record import RunFiles, RunRecord, read_run
+from mopo_cli.sweeps.board import Board, Line, short_names, show_results
 from mopo_cli.sweeps.eta import expected
 from mopo_cli.sweeps.points import (
     check_different,
@@ -37,7 +38,7 @@ from mopo_cli.sweeps.points import (
     settings_of,
     union,
 )
-from mopo_cli.sweeps.results import best, ended_runs, front, with_every_key
+from mopo_cli.sweeps.results import as_json, best, ended_runs, front, numbers, with_every_key
 from mopo_cli.sweeps.search import Optuna
 
 Run = Callable[..., Finished]
@@ -342,14 +343,24 @@ def unended(name: str, state: str) -> RunRecord:
     return RunRecord(name, RunFiles(Path("nowhere") / name), state)
 
 
-def ended(name: str, helpful: float, harmless: float, satisfied: bool = True, exact: float | None = None) -> RunRecord:
+def ended(
+    name: str,
+    helpful: float,
+    harmless: float,
+    satisfied: bool = True,
+    exact: float | None = None,
+    heldout: tuple[float, float] | None = None,
+) -> RunRecord:
     rates = {"helpful": (helpful, "primary", None), "harmless": (harmless, "secondary", satisfied)}
     objectives = {
-        key: {"role": role, "win_rate": rate, "win_rate_ci95": [rate, rate], "satisfied": verdict}
+        key: {"role": role, "win_rate": rate, "win_rate_ci95": [rate, rate], "satisfied": verdict,
+              "threshold": 0.5 if role == "secondary" else None}
         for key, (rate, role, verdict) in rates.items()
-    }
+    }  # fmt: skip
     oracle = None if exact is None else {"win_rate": {"helpful": exact}}
-    summary = {"objectives": objectives, "oracle": oracle, "train": {"wall_seconds": 1.0}}
+    summary = {"objectives": objectives, "oracle": oracle, "train": {"wall_seconds": 1.0}, "duals": {}, "kl": 0.3}
+    if heldout:
+        summary["heldout_win_rate"] = dict(zip(rates, heldout, strict=True))
     return RunRecord(name, RunFiles(Path("nowhere") / name), "done", summary=summary)
 
 
@@ -361,22 +372,51 @@ class TestBest:
             ended("c", 0.9, 0.4, satisfied=False),
             unended("d", "failed"),
         ]
-        found, reason = best(runs)
-        assert found is not None
-        assert (found.id, reason) == ("b", None)
+        found = best(runs)
+        assert found.run is not None
+        assert (found.run.id, found.reason, found.heldout) == ("b", None, False)
 
-    def test_exact_numbers_decide_where_they_are_known(self):
-        runs = [ended("a", 0.9, 0.6, exact=0.5), ended("b", 0.6, 0.6, exact=0.55)]
-        found, _ = best(runs)
-        assert found is not None
-        assert found.id == "b"
+    def test_held_out_prompts_decide_and_test_prompts_only_tell(self, capsys: pytest.CaptureFixture[str]):
+        runs = [
+            ended("lucky", 0.9, 0.6, exact=0.9, heldout=(0.55, 0.6)),
+            ended("chosen", 0.6, 0.6, exact=0.58, heldout=(0.62, 0.6)),
+            ended("unsafe", 0.7, 0.6, exact=0.7, heldout=(0.8, 0.4)),
+        ]
+        found = best(runs)
+        assert found.run is not None
+        assert (found.run.id, found.heldout, found.chosen_by()) == ("chosen", True, 0.62)
+        show_results(runs)
+        told = " ".join(capsys.readouterr().out.split())
+        assert "best chosen: helpful 0.620 on held-out prompts, by which it was chosen; 0.580 (exact) on test" in told
+        written = as_json("s", runs, "done")["best"]
+        assert (written["chosen_by"], written["heldout_win_rate"], written["win_rate"]) == (
+            "heldout_win_rate", 0.62, 0.58,
+        )  # fmt: skip
+
+    def test_a_best_that_misses_its_threshold_on_test_prompts_says_so(self, capsys: pytest.CaptureFixture[str]):
+        show_results([ended("a", 0.6, 0.4, satisfied=False, heldout=(0.6, 0.6))])
+        assert "on test prompts, a threshold missed" in " ".join(capsys.readouterr().out.split())
 
     def test_none_and_why(self):
-        assert best([]) == (None, "no run has ended")
-        assert best([ended("a", 0.9, 0.4, satisfied=False)]) == (
-            None,
-            "none of the 1 runs that ended keeps every threshold",
-        )
+        assert best([]).reason == "no run has ended"
+        missed = ended("a", 0.9, 0.4, satisfied=False)
+        assert best([missed]).reason == "none of the 1 runs that ended keeps every threshold"
+        missed = ended("a", 0.9, 0.6, heldout=(0.9, 0.4))
+        assert best([missed]).reason == "none of the 1 runs that ended keeps every threshold on held-out prompts"
+
+    def test_none_of_different_data(self, tmp_path: Path):
+        paths = [write_run(tmp_path / f"{seed}", {"helpful": 0.6, "harmless": 0.5 + seed / 10},
+                           settings={"dataset.data_seed": seed}) for seed in (0, 1)]  # fmt: skip
+        runs = [read_run(path) for path in paths]
+        assert best(runs).reason == "the runs were measured on different data (dataset.data_seed)"
+        assert front(runs) == []
+
+    def test_thresholds_out_of_reach_have_no_optimum_in_the_table(self, tmp_path: Path):
+        run = read_run(write_run(tmp_path / "r", {"helpful": 0.6, "harmless": 0.5}, {"harmless": 0.9}, exact=True,
+                                 attainable={"harmless": 0.8}))  # fmt: skip
+        row = numbers(run)
+        assert (row["optimum/helpful"], row["gap"], row["attainable/harmless"]) == (None, None, 0.8)
+        assert row["exact/helpful"] == 0.6
 
     def test_the_front(self):
         runs = [ended("a", 0.5, 0.6), ended("b", 0.6, 0.5), ended("c", 0.5, 0.5), unended("d", "failed")]

@@ -153,6 +153,7 @@ class Alignment(PrimalDual):
             estimates = self._estimates(step, onpolicy.prompts, onpolicy.responses)
         for point, estimate in zip(self.points, estimates, strict=True):
             point.observe(estimate, record_only=True)
+        self.setting.tracker.amend(kl=self.kl, **self._numbers(("win_rate/", "lower/")))
         self.work.timing.estimate += time.perf_counter() - started
         self.setting.accelerator.free_memory()
         return estimates
@@ -333,7 +334,7 @@ class Alignment(PrimalDual):
         return {f"λ {name}": value for name, value in zip(self.family.names[1:], duals, strict=True)}
 
     def metrics(self, progressed: Progressed) -> dict[str, Any]:
-        """Of all points together, and of each; those of a grid stand under their conditions."""
+        """Of all points together, and of each."""
         seconds = time.perf_counter() - self.work.timing.started
         line: dict[str, Any] = {
             "loss": float(progressed.loss),
@@ -344,10 +345,16 @@ class Alignment(PrimalDual):
             "pairs_per_second": self.work.pairs / seconds,
             "tokens_per_second": self.work.tokens / seconds,
         }
-        for point, condition in zip(self.points, self.conditions, strict=True):
-            prefix = f"point/{condition}/" if condition else ""
-            line |= {f"{prefix}{key}": value for key, value in point.numbers().items()}
-        return line
+        return line | self._numbers()
+
+    def _numbers(self, kinds: tuple[str, ...] = ("",)) -> dict[str, float]:
+        """Each point's numbers whose names begin so; those of a grid stand under their conditions."""
+        return {
+            (f"point/{condition}/" if condition else "") + key: value
+            for point, condition in zip(self.points, self.conditions, strict=True)
+            for key, value in point.numbers().items()
+            if key.startswith(kinds)
+        }
 
     # ------------------------------------------------------------------ checkpoints
 

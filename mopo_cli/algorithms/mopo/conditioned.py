@@ -27,6 +27,7 @@ from mopo_cli.training.checkpoints import Setting, Work
 from mopo_cli.training.stage import kept_policy
 
 LEAST = 4  # prompts of a measurement, for each point of the grid
+LEVELS = 5  # thresholds of each secondary, where the prompts allow so many
 REACH = 0.9  # of the way from the reference's win rate to the attainable one: the highest threshold of a grid
 
 
@@ -45,14 +46,14 @@ def spread_levels(least: float, best: float, count: int) -> tuple[float, ...]:
 class MopoConditioned:
     """The settings of algorithm=mopo_conditioned; see MopoSettings for tau, epsilon, delta, dual_rate and max_dual.
 
-    levels: how many thresholds each secondary gets, or its own list.
+    levels: how many thresholds each secondary gets, or its own list. None: LEVELS, or as many as the prompts allow.
     """
 
     names: tuple[str, ...]
     thresholds: tuple[float | None, ...] = field(metadata=EVALUATED)
     tau: float
     epsilon: float | str
-    levels: int | Mapping[str, Sequence[float]] = 5
+    levels: int | Mapping[str, Sequence[float]] | None = None
     delta: float = 0.2
     dual_rate: float = 0.5
     max_dual: float = 20.0
@@ -90,19 +91,27 @@ class MopoConditioned:
 
     def grid(self, stage: Alignment) -> list[Thresholds]:
         """Between what the reference reaches and what is attainable; UserError where that is too many to measure."""
-        if isinstance(self.levels, int):
-            ends = zip(stage.reached, stage.attainable, strict=True)
-            levels = [spread_levels(least, best, self.levels) for least, best in ends]
+        prompts, count = stage.onpolicy.prompts, len(stage.heldout.tokens)
+        most = min(prompts, count) // LEAST
+        if self.levels is None:
+            grids = (self._spread(stage, levels) for levels in range(LEVELS, 0, -1))
+            grid = next((grid for grid in grids if len(grid) <= most), [])
+        elif isinstance(self.levels, int):
+            grid = self._spread(stage, self.levels)
         else:
-            levels = [tuple(self.levels[name]) for name in self.names[1:]]
-        grid, count = grid_of(levels), len(stage.heldout.tokens)
-        if LEAST * len(grid) > min(stage.onpolicy.prompts, count):
+            grid = grid_of([tuple(self.levels[name]) for name in self.names[1:]])
+        if not 0 < len(grid) <= most:
+            size = max(len(grid), 1)
             raise UserError(
-                f"algorithm.levels: a grid of {len(grid)} thresholds, each measured on {LEAST} prompts or more, needs "
-                f"{LEAST * len(grid)}; there are onpolicy.prompts={stage.onpolicy.prompts} of {count} held-out rows: "
-                "give fewer levels, or more prompts"
+                f"algorithm.levels: a grid of {size} thresholds, each measured on {LEAST} prompts or more, needs "
+                f"{LEAST * size}; there are onpolicy.prompts={prompts} of {count} held-out rows: give fewer levels, or "
+                "more prompts"
             )
         return grid
+
+    def _spread(self, stage: Alignment, levels: int) -> list[Thresholds]:
+        ends = zip(stage.reached, stage.attainable, strict=True)
+        return grid_of([spread_levels(least, best, levels) for least, best in ends])
 
     def align(self, setting: Setting) -> Aligned:
         work = Work()
@@ -146,16 +155,20 @@ class MopoConditioned:
 
 
 def _checked_levels(
-    secondaries: Sequence[str], levels: int | Mapping[str, Sequence[float]]
-) -> int | dict[str, list[float]]:
+    secondaries: Sequence[str], levels: int | Mapping[str, Sequence[float]] | None
+) -> int | dict[str, list[float]] | None:
     """How many levels each secondary gets, or its own list; UserError where that makes no grid."""
+    if levels is None:
+        return None
     if isinstance(levels, int) and not isinstance(levels, bool):
         if levels < 2:
             raise UserError(f"algorithm.levels={levels}: must be 2 or more thresholds a secondary objective")
         return levels
     if not isinstance(levels, Mapping) or set(levels) != set(secondaries):
         found = ", ".join(levels) if isinstance(levels, Mapping) else levels
-        raise UserError(f"algorithm.levels={found}: must be a number, or a list for each of {', '.join(secondaries)}")
+        raise UserError(
+            f"algorithm.levels={found}: must be a number, a list for each of {', '.join(secondaries)}, or null"
+        )
     for name, values in levels.items():
         right = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
         if not right or not all(isinstance(b, int | float) and 0 < b < 1 for b in values):

@@ -10,6 +10,7 @@ average, sum_k w_k B_k A_k, written as one adapter with the factors side by side
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -202,7 +203,7 @@ def differences(policy: Policy, directory: Path) -> str:
         if (rank, alpha) != (lora.r, lora.lora_alpha):
             return f"its LoRA has r={rank} and alpha={alpha}, the run's r={lora.r} and alpha={lora.lora_alpha}"
         base = read_json(directory / "adapter_config.json").get("base_model_name_or_path")
-        if base != lora.base_model_name_or_path:
+        if _place(base) != _place(lora.base_model_name_or_path):
             return f"its adapter belongs to {base}, the run's to {lora.base_model_name_or_path}"
         ours = get_peft_model_state_dict(model)
     else:
@@ -212,3 +213,9 @@ def differences(policy: Policy, directory: Path) -> str:
         if here != there:
             return f"{name} is {there or 'missing'} there, {here or 'missing'} here"
     return ""
+
+
+def _place(base: str | None) -> str | None:
+    """A model's name, or its directory whichever way it is written."""
+    path = os.path.expanduser(base or "")
+    return os.path.realpath(path) if os.path.isdir(path) else base
