@@ -25,7 +25,6 @@ SHORT = (
     "sampling.max_new_tokens=12",
     "evaluation.prompts=16",
     "evaluation.exact_prompts=8",
-    "evaluation.bootstrap=50",
 )
 TINY = (
     *SHORT,
@@ -43,7 +42,7 @@ SMALL = (  # the smallest that has a checkpoint or two: about a second
 OF_BEFORE = (  # the settings of `runs_of_before`
     "hparams=smoke", "logger=none", "seed=3", "cache=null", "steps=10", "checkpoint_every=5", "sft.steps=4",
     "preference_model.steps=4", "preference_model.evaluate_every=4", "sampling.max_new_tokens=8",
-    "evaluation.prompts=8", "evaluation.exact_prompts=4", "evaluation.bootstrap=20", "dataset.rows=300",
+    "evaluation.prompts=8", "evaluation.exact_prompts=4", "dataset.rows=300",
     "model.architecture.hidden_size=8", "model.architecture.intermediate_size=16",
     "model.architecture.num_hidden_layers=1", "model.tokenizer.vocab_size=300",
 )  # fmt: skip

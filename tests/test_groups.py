@@ -19,7 +19,6 @@ ONE_STEP = (
     "onpolicy.train_prompts=8",
     "evaluation.prompts=4",
     "evaluation.responses=2",
-    "evaluation.bootstrap=20",
     "evaluation.exact_prompts=2",
 )
 

@@ -179,6 +179,6 @@ def rollout_settings(setting: Setting) -> list[object]:
     contexts = hashlib.sha256()
     for split in ("train", "heldout"):
         for example in inputs.examples[split]:
-            contexts.update(repr(example.context).encode("utf-8", "surrogatepass"))
+            contexts.update(repr((example.context, example.group)).encode("utf-8", "surrogatepass"))
     lengths = config.model.max_length, inputs.policy.encoder.longest_response, config.model.chat_template
     return [computed, asdict(config.sampling), asdict(config.onpolicy), lengths, contexts.hexdigest()]

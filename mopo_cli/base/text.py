@@ -28,6 +28,11 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def prompts_told(prompts: int, independent: int) -> str:
+    """How many test prompts there are, and how many of them count as independent."""
+    return f"{prompts} test prompts" + (f", {independent} of them independent" if independent < prompts else "")
+
+
 def one_line(value: object) -> str:
     """A message (or an error's) without line ends and runs of blanks; nothing for None."""
     return "" if value is None else " ".join(str(value).split())

@@ -29,6 +29,7 @@ class Example:
     labels: tuple[tuple[float, ...], ...]
     context: str = ""  # what a computed objective may look at besides the texts (passages, say)
     source: str = ""  # "file.jsonl:12", for messages
+    group: str = ""  # rows of one group are about the same thing: together they count as one independent prompt
 
 
 @dataclass(frozen=True, slots=True)

@@ -296,12 +296,14 @@ MOVED = {  # modules that runs of version 0.1 name, and where what they hold sta
 
 
 def with_current_names(settings: Any) -> Any:
-    """Settings of a run of any version, with every _target_ by its present name."""
+    """Settings of a run of any version, with every _target_ by its present name and without what is no more."""
     if isinstance(settings, list):
         return [with_current_names(value) for value in settings]
     if not isinstance(settings, dict):
         return settings
     renamed = {key: with_current_names(value) for key, value in settings.items()}
+    if isinstance(renamed.get("evaluation"), dict):
+        renamed["evaluation"].pop("bootstrap", None)  # of version 0.1: intervals are computed now, not drawn
     module, _, name = str(renamed.get("_target_", "")).rpartition(".")
     return {**renamed, "_target_": f"{MOVED[module]}.{name}"} if module in MOVED else renamed
 

@@ -142,7 +142,6 @@ class OnPolicyConfig:
 class EvaluationConfig:
     prompts: Count = 512
     responses: Count = 4
-    bootstrap: Count = 1000
     exact_prompts: int | None = None
 
 

@@ -193,7 +193,8 @@ def _examples(world: World, prompts: list[Prompt], rows: int, responses: int, se
         texts = [compose(SLOTS[i], prompt.topic) for i in chosen]
         p = world.preferences(prompt.text, texts, texts)
         labels = [tuple((rng.random(len(world.objectives)) < p[:, a, b]).astype(float).tolist()) for a, b in pairs]
-        yield Example(prompt.text, tuple(texts), pairs, tuple(labels), source=f"assistant:{row + 1}")
+        where, topic = f"assistant:{row + 1}", prompt.topic.task
+        yield Example(prompt.text, tuple(texts), pairs, tuple(labels), source=where, group=topic)
 
 
 def assistant(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ def pairs(
     objectives: Sequence[str] | None = None,
     invalid: str = "error",
     max_rows: int | None = None,
+    group: str | None = None,
 ) -> Corpus:
     """The user's own rows in the contract's formats (mopo_cli.data.rows): list rows or pair rows, JSON or Parquet.
 
@@ -58,7 +60,8 @@ def pairs(
     that the rows carry. test_path: a test set in the same formats; null takes the test (or validation) split, where
     `path` is a directory or hub id that has one. max_rows: take a fixed sample of so many rows, and of as many test
     rows, where there are more (mopo_cli.data.subsample); null streams all of them, reading the file once more to find
-    its objectives.
+    its objectives. group: the column that says which rows are about the same thing; they stay in one split, and count
+    as one independent prompt.
 
     Raises UserError where `path` is missing, where nothing says what `chosen` means, and during iteration for a row
     that breaks the contract; invalid="drop" leaves such rows out and counts them in Corpus.provenance["skipped"].
@@ -76,7 +79,8 @@ def pairs(
     if not objectives and chosen_means is None:
         train = _declared(train)
     taken = sampled(_by_its_prompt(train), samples[0], notes, "sample") if samples else None
-    names = tuple(objectives) if objectives else _carried_objectives(path, chosen_means, taken)
+    carried = tuple(objectives) if objectives else _carried_objectives(path, chosen_means, taken)
+    names = tuple(name for name in carried if name != group)
     ties = _checked_margins(margins or {}, names)
     if chosen_means is not None and chosen_means not in names:
         allowed = ", ".join(names)
@@ -91,7 +95,8 @@ def pairs(
     def examples(rows: Rows) -> Iterator[Example]:
         for where, row in rows:
             try:
-                yield example_from_row(row, names, where, ties, chosen_means)
+                example = example_from_row(row, names, where, ties, chosen_means)
+                yield replace(example, group=_group_of(row, group, where)) if group else example
             except UserError as error:
                 if invalid == "error":
                     raise UserError(f"{error}. dataset.invalid=drop leaves such rows out") from None
@@ -99,9 +104,19 @@ def pairs(
                 skipped[reason] = skipped.get(reason, 0) + 1
 
     about = {"corpus": "pairs", "path": path, "test_path": test_path, "chosen_means": chosen_means, "margins": ties}
+    about |= {"group": group} if group else {}
     train = train if taken is None else _drained(taken)
     tested = examples(test) if test is not None else None
     return Corpus(names, examples(train), tested, {**about, **notes, "skipped": skipped})
+
+
+def _group_of(row: Row, column: str, where: str) -> str:
+    """The row's group as text; UserError where it has none."""
+    value = row.get(column)
+    if value is None or isinstance(value, dict | list) or value == "":
+        found = ", ".join(row)
+        raise UserError(f"{where}: dataset.group={column}: the row has no text or number there; it has {found}")
+    return str(value)
 
 
 def _declared(rows: Rows) -> Rows:

@@ -7,10 +7,12 @@ import importlib
 import inspect
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
+
+import numpy as np
 
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.secrets import holds_masked
@@ -37,9 +39,10 @@ def load(dataset: dict[str, Any], objectives: dict[str, ObjectiveConfig]) -> Pre
     examples, unlabelled = _select(corpus.examples, chosen, corpus)
     _check_labels(examples, chosen, "the data", unlabelled)
     if corpus.test is None:
-        train, heldout_rows, tested = _split(examples, heldout, test)
+        train, heldout_rows, tested = _split(examples, heldout, test, unit_key)
     else:
-        train, heldout_rows, _ = _split(examples, heldout, 0.0)
+        key = unit_key if corpus.world is None else prompt_key  # the world's topics are in every part
+        train, heldout_rows, _ = _split(examples, heldout, 0.0, key)
         tested, more = _select(corpus.test, chosen, corpus)
         unlabelled += more
     _check_sizes({"training": train, "held-out": heldout_rows, "test": tested}, len(examples))
@@ -170,9 +173,7 @@ def _select_one(example: Example, objectives: tuple[Objective, ...], columns: li
             row = judged.setdefault(pair, [math.nan] * len(objectives))
             row[k] = preference(values[pair[0]], values[pair[1]], objective.margin)
     labelled = {pair: tuple(row) for pair, row in judged.items() if not all(math.isnan(v) for v in row)}
-    return Example(
-        example.prompt, example.responses, tuple(labelled), tuple(labelled.values()), example.context, example.source
-    )
+    return replace(example, pairs=tuple(labelled), labels=tuple(labelled.values()))
 
 
 def _score(objective: Objective, scorer: Scorer, example: Example) -> list[float]:
@@ -229,11 +230,22 @@ def prompt_key(example: Example) -> str:
     return text_key(example.prompt)
 
 
-def _split(examples: Sequence[Example], heldout: float, test: float) -> Split:
-    """By a hash of the prompt, so that rows with one prompt stay together and the split survives reordering."""
+def unit_key(example: Example) -> str:
+    """What is independent of others: the group where there is one, else the prompt."""
+    return example.group or prompt_key(example)
+
+
+def unit_numbers(examples: Sequence[Example]) -> np.ndarray:
+    """(N,) whole numbers, the same for rows that are not independent of each other."""
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(unit_key(example), len(numbers)) for example in examples], dtype=np.int64)
+
+
+def _split(examples: Sequence[Example], heldout: float, test: float, key: Callable[[Example], str]) -> Split:
+    """By a hash of the key, so that rows with the same one stay together and the split survives reordering."""
     parts: Split = ([], [], [])
     for example in examples:
-        digest = hashlib.sha256(prompt_key(example).encode()).digest()
+        digest = hashlib.sha256(key(example).encode()).digest()
         position = int.from_bytes(digest[:8], "big") / 2**64
         parts[1 if position < heldout else 2 if position < heldout + test else 0].append(example)
     return parts

@@ -1,7 +1,7 @@
 """What the labels of a data set say about its objectives: shares with errors, cycles, and how objectives relate.
 
 N rows, P labelled pairs, K objectives, G responses a row, R rows of one size. A label I becomes s = 2I - 1: 1, -1, or 0
-for a tie. Rows with one prompt are one cluster: every standard error counts prompts, not pairs.
+for a tie. Rows with one prompt, or of one group, are one cluster: every standard error counts those, not pairs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mopo_cli.base.types import Example
-from mopo_cli.data.prepare import as_text, prompt_key
+from mopo_cli.data.prepare import as_text, unit_numbers
 
 Z95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
 BLOCK = 2_000_000  # numbers in one array of outcomes at a time
@@ -46,7 +46,7 @@ class PairArrays:
     labels: np.ndarray  # (P, K) I, NaN where missing
     longer: np.ndarray  # (P,) words of the first response minus words of the second
     identical: np.ndarray  # (P,) whether both are the same text
-    prompt: np.ndarray  # (N,) rows with one prompt share a number
+    prompt: np.ndarray  # (N,) rows with one prompt, or of one group, share a number
     sizes: np.ndarray  # (N,) responses of the row
     prompt_words: np.ndarray  # (N,)
     response_words: np.ndarray  # (sum of sizes,)
@@ -64,8 +64,6 @@ class PairArrays:
 
 def tabulate(examples: Sequence[Example]) -> PairArrays:
     """The examples' pairs as arrays; words are separated by white space."""
-    numbers: dict[str, int] = {}
-    prompts = [numbers.setdefault(prompt_key(example), len(numbers)) for example in examples]
     words = [[len(as_text(response).split()) for response in example.responses] for example in examples]
     pairs = [
         (n, a, b, words[n][a] - words[n][b], example.responses[a] == example.responses[b])
@@ -80,7 +78,7 @@ def tabulate(examples: Sequence[Example]) -> PairArrays:
         np.array([label for example in examples for label in example.labels], dtype=np.float64),
         longer,
         identical.astype(bool),
-        np.array(prompts),
+        unit_numbers(examples),
         np.array([len(example.responses) for example in examples]),
         np.array([len(as_text(example.prompt).split()) for example in examples]),
         np.array([count for row_words in words for count in row_words]),

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
 from mopo_cli.base.secrets import masked
-from mopo_cli.base.text import one_line
+from mopo_cli.base.text import one_line, prompts_told
 from mopo_cli.data.directions import Directions, Levels, weighed
 from mopo_cli.runs.constraints import Constraint, asked_of, constraints_of, known_oracle, out_of_reach, verdict_of
 
-VERDICTS = {"yes": "yes", "no": "no", "undecided": "undecided (the interval holds the threshold)", "": ""}
+UNDECIDED = {True: "undecided (the interval holds the threshold)", False: "undecided (too few test prompts)"}
 
 
 def model_card(
@@ -42,8 +43,9 @@ def model_card(
         *_objectives(measured),
         *_beside(measured),
         "",
-        "A win rate is how often a response beats the data's responses to the same prompt; 0.5 is parity. Intervals "
-        "are 95 % bootstrap intervals over prompts.",
+        "A win rate is how often a response beats the data's responses to the same prompt; 0.5 is parity. "
+        f"{_measured_on(measured)}Intervals are of 95 % confidence for the luck of the prompts that were asked; an "
+        "error of a judge is not in them.",
         "",
     ]
     if summary.get("condition"):
@@ -107,14 +109,15 @@ def _objectives(measured: Mapping[str, Any]) -> list[str]:
     heads = ["objective", "role", *["threshold"] * bounded, "win rate", "95 % CI", *["kept"] * bounded, "judged by"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, o in measured["objectives"].items():
-        low, high = o["win_rate_ci95"]
+        low, high = (math.nan if end is None else end for end in o["win_rate_ci95"])
+        known = not math.isnan(low)
         cells = {
             "objective": _text(name),
             "role": o["role"],
             "threshold": "" if o["threshold"] is None else f"{o['threshold']:.3f}",
             "win rate": f"{o['win_rate']:.3f}",
-            "95 % CI": f"{low:.3f} to {high:.3f}",
-            "kept": VERDICTS[verdict_of(o)],
+            "95 % CI": f"{low:.3f} to {high:.3f}" if known else "",
+            "kept": UNDECIDED[known] if (kept := verdict_of(o)) == "undecided" else kept,
             "judged by": _text(o["judge"]),
         }
         lines.append(f"| {' | '.join(cells[head] for head in heads)} |")
@@ -127,13 +130,23 @@ def _beside(measured: Mapping[str, Any]) -> list[str]:
         lines += ["", f"KL to the reference: {measured['kl']:.3f} nats a response."]
     if measured.get("oracle"):
         exact = ", ".join(f"{_text(name)} {value:.3f}" for name, value in measured["oracle"]["win_rate"].items())
-        lines += ["", f"Exact win rates: {exact}."]
+        mass = measured["oracle"].get("support_mass")
+        only = "" if mass is None else f" (of the world's responses, {mass:.1%} of what the policy says)"
+        lines += ["", f"Exact win rates{only}: {exact}."]
     oracle = known_oracle(measured)
     if not oracle.get("feasible", True):
         bounds = {n: o["threshold"] for n, o in measured["objectives"].items() if o["threshold"] is not None}
         reason = out_of_reach(bounds, oracle.get("attainable") or {}, oracle.get("shortfall"))
         lines += ["", f"No policy keeps these thresholds: {_text(reason)}."]
     return lines
+
+
+def _measured_on(measured: Mapping[str, Any]) -> str:
+    """How many prompts the numbers rest on: as summary.json or evaluation.json has it; nothing of a run of old."""
+    asked = measured.get("evaluation") or measured
+    if "independent_prompts" not in asked:
+        return ""
+    return f"It was measured on {prompts_told(asked['prompts'], asked['independent_prompts'])}. "
 
 
 def _condition(condition: str, directions: Directions | Levels | None) -> list[str]:

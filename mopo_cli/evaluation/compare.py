@@ -17,7 +17,7 @@ from mopo_cli.base.types import Corpus, Example, PreferenceData
 from mopo_cli.config.schema import EvalConfig, ObjectiveConfig
 from mopo_cli.data.assistant import World
 from mopo_cli.data.encoder import Encoder
-from mopo_cli.data.prepare import as_text, load, resolve_objectives
+from mopo_cli.data.prepare import as_text, load, resolve_objectives, unit_numbers
 from mopo_cli.evaluation.entrants import Entrant, Unfinished, finished_run
 from mopo_cli.evaluation.exact import exact_win_rates
 from mopo_cli.evaluation.loading import (
@@ -308,7 +308,8 @@ def compare(
         )
     names = list(evaluations[0].objectives or evaluations[0].scorers)
     by_prompt = {e.name: np.stack([e.by_prompt[name] for name in names], axis=1) for e in evaluations}
-    comparisons = dominance(by_prompt, names, settings.permutations, settings.seed)
+    units = unit_numbers(benchmark.examples)
+    comparisons = dominance(by_prompt, names, settings.permutations, settings.seed, units)
     return Compared(evaluations, unfinished, scales, comparisons)
 
 

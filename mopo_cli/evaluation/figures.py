@@ -55,9 +55,9 @@ def _entrants(evaluated: Sequence[Evaluation], labelled: bool) -> alt.Y:
 def _rates(name: str, first: bool, evaluated: Sequence[Evaluation]) -> alt.LayerChart:
     results = {entrant.name: _measured(entrant, name) for entrant in evaluated}
     points = [
-        {"entrant": entrant, "series": series, "value": value, "low": low, "high": high}
+        {"entrant": entrant, "series": series, "value": value, **_bar(value, interval)}
         for entrant, r in results.items()
-        for series, value, (low, high) in (
+        for series, value, interval in (
             (DATA, r.win_rate, r.win_rate_ci95),
             (REFERENCE, r.reference_win_rate, r.reference_win_rate_ci95),
             (EXACT, r.exact_win_rate, (r.exact_win_rate, r.exact_win_rate)),
@@ -88,9 +88,8 @@ def _scores(
         return rows({}).mark_text(text="its judge only compares", color=SOFT).properties(**size)
     results = {entrant.name: _measured(entrant, name) for entrant in evaluated}
     points = [
-        {"entrant": entrant, "value": r.normalised_score, "low": low, "high": high}
+        {"entrant": entrant, "value": r.normalised_score, **_bar(r.normalised_score, r.normalised_score_ci95)}
         for entrant, r in results.items()
-        for low, high in (r.normalised_score_ci95,)
         if not math.isnan(r.normalised_score)
     ]
     judge = next(iter(results.values())).judge
@@ -103,6 +102,11 @@ def _scores(
         ),
         chart.mark_point(filled=True, size=55, opacity=1, color=COLOURS[4]).encode(alt.X("value:Q")),
     ).properties(**size)
+
+
+def _bar(value: float, interval: tuple[float, float]) -> dict[str, float]:
+    """The ends of an interval; where there is none, a bar of no length."""
+    return {key: value if math.isnan(end) else end for key, end in zip(("low", "high"), interval, strict=True)}
 
 
 def _height(evaluated: Sequence[Evaluation], each: int) -> int:

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from mopo_cli.base.types import Example, Objective, PreferenceData
-from mopo_cli.data.prepare import as_text
+from mopo_cli.data.prepare import as_text, unit_numbers
 from mopo_cli.evaluation.records import UNKNOWN, Evaluation, Interval, Measured, ScoredSample, Wording
 from mopo_cli.evaluation.responses import Responded, Settings, data_responses
 from mopo_cli.judging.judges import Judge, JudgedResponses, PreferenceFeatures, ScoreJudge, own_judge, win_rates
 from mopo_cli.judging.scorers import Scale, fit_scale
-from mopo_cli.maths.significance import bootstrap_ci, distinct, verdict
+from mopo_cli.maths.significance import distinct, mean_ci, verdict, win_rate_ci
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,8 @@ def _judged(
 def evaluation_of(
     settings: Settings, examples: Sequence[Example], responded: Responded, judged: Sequence[Judged]
 ) -> Evaluation:
-    measured = [(j.column, measured_by(settings, responded, j)) for j in judged]
+    units = unit_numbers(examples)
+    measured = [(j.column, measured_by(responded, j, units)) for j in judged]
     subject, texts = responded.subject, responded.responses.texts
     return Evaluation(
         name=subject.name,
@@ -112,6 +113,8 @@ def evaluation_of(
         reference_wording=wording(responded.reference) if responded.reference else None,
         oracle=responded.oracle,
         prompts=len(texts),
+        independent_prompts=len(np.unique(units)),
+        support_mass=responded.exact.support_mass if responded.exact else None,
         responses=sum(map(len, texts)),
         seed=settings.seed,
         seconds=responded.seconds,
@@ -120,20 +123,15 @@ def evaluation_of(
     )
 
 
-def measured_by(settings: Settings, responded: Responded, judged: Judged) -> Measured:
-    """One column of one entrant."""
+def measured_by(responded: Responded, judged: Judged, units: np.ndarray) -> Measured:
+    """One column of one entrant. units (N,): numbers, the same of prompts that are not independent of each other."""
     column, subject = judged.column, responded.subject
-
-    def mean(values: np.ndarray) -> tuple[float, Interval]:
-        if not len(values):
-            return math.nan, UNKNOWN
-        return float(values.mean()), bootstrap_ci(values, settings.evaluation.bootstrap, settings.seed)
-
     rates, scores = _means(judged.win_rates), _means(judged.scores or [])
-    rate, interval = mean(rates[~np.isnan(rates)])
-    reference_rate, reference_interval = mean(_means(judged.reference_win_rates))
-    score, score_interval = mean(scores)
-    normalised, normalised_interval = mean(judged.scale(scores)) if judged.scale else (math.nan, UNKNOWN)
+    rate, interval = _with_interval(rates, units, win_rate_ci)
+    reference_rate, reference_interval = _with_interval(_means(judged.reference_win_rates), units, win_rate_ci)
+    score, score_interval = _with_interval(scores, units, mean_ci)
+    scaled = judged.scale(scores) if judged.scale else np.empty(0)
+    normalised, normalised_interval = _with_interval(scaled, units, mean_ci)
     threshold = subject.thresholds.get(column.name)
     bound = None if math.isnan(rate) else threshold
     measured = Measured(
@@ -152,8 +150,18 @@ def measured_by(settings: Settings, responded: Responded, judged: Judged) -> Mea
         normalised_score=normalised,
         normalised_score_ci95=normalised_interval,
     )
-    exact = responded.exact.get(column.name) if column.judge.title == "exact" else None
-    return measured if exact is None else measured.settled(exact)
+    exact = responded.exact if column.judge.title == "exact" else None
+    return measured if exact is None else measured.settled(exact.win_rate[column.name], exact.bounds_of(column.name))
+
+
+def _with_interval(
+    values: np.ndarray, units: np.ndarray, interval: Callable[[np.ndarray, np.ndarray], Interval]
+) -> tuple[float, Interval]:
+    """The mean of the (N,) values that are known, and its interval; of no values at all, neither."""
+    known = ~np.isnan(values)
+    if not known.any():
+        return math.nan, UNKNOWN
+    return float(values[known].mean()), interval(values[known], units[known])
 
 
 def _means(values: Sequence[np.ndarray]) -> np.ndarray:
@@ -182,6 +190,7 @@ def scored_samples(examples: Sequence[Example], responded: Responded, judged: Se
                     normalised_score={
                         j.column.name: float(j.scale(j.scores[i][m])) for j in judged if j.scores and j.scale
                     },
+                    group=example.group,
                 )
             )
     return samples

@@ -14,7 +14,7 @@ from mopo_cli.data.encoder import Encoder
 from mopo_cli.data.prepare import as_text, prompt_key
 from mopo_cli.data.table import TokenRow
 from mopo_cli.evaluation.exact import exact_evaluation
-from mopo_cli.evaluation.records import Exact, Models
+from mopo_cli.evaluation.records import Exact, ExactRates, Models
 from mopo_cli.judging.judges import JudgedResponses, encoded_prompt
 from mopo_cli.models.policy import Policy
 
@@ -43,7 +43,7 @@ class Responded:
     kl: float | None = None
     cut_off: float | None = None
     oracle: Exact | None = None
-    exact: dict[str, float] = field(default_factory=dict)  # exact win rates, also of a model that has no reference
+    exact: ExactRates | None = None  # exact win rates, also of a model that has no reference
     seconds: float = 0.0
 
 
@@ -107,7 +107,7 @@ def responses_of(
         kl=sampled_kl(models, examples, responses),
         cut_off=cut_off(responses),
         oracle=oracle,
-        exact=oracle.win_rate if oracle else {},
+        exact=oracle,
     )
 
 

@@ -15,7 +15,7 @@ from mopo_cli.base.console import say, show, warn
 from mopo_cli.base.files import write_atomic, write_json
 from mopo_cli.evaluation.compare import Compared
 from mopo_cli.evaluation.records import Evaluation, Exact, Measured, ScoredSample
-from mopo_cli.maths.significance import LEVEL, Comparison
+from mopo_cli.maths.significance import LEVEL, WORSE, Comparison
 from mopo_cli.runs.constraints import OWN_MARK, OWN_NOTE, asked_of, out_of_reach
 from mopo_cli.runs.directory import RunDirectory
 
@@ -45,7 +45,7 @@ def write(directory: Path, run: RunDirectory | None, compared: Compared) -> None
 
 
 def write_samples(run: RunDirectory, samples: Sequence[ScoredSample]) -> None:
-    write_lines(run.samples, [{"prompt": s.prompt, "response": s.response, "scores": s.win_rate} for s in samples])
+    write_lines(run.samples, [sample.line() for sample in samples])
 
 
 def write_lines(path: Path, records: Iterable[Mapping[str, object]]) -> None:
@@ -66,6 +66,13 @@ def show_evaluation(evaluation: Evaluation, columns: Sequence[str]) -> None:
     if (oracle := evaluation.oracle) and not oracle.feasible:
         bounds = {n: m.threshold for n, m in evaluation.objectives.items() if m.threshold is not None}
         say(f"no optimum: {out_of_reach(bounds, oracle.attainable, oracle.shortfall)}")
+    say(evaluation.asked + _conditional_on(evaluation))
+
+
+def _conditional_on(evaluation: Evaluation) -> str:
+    """What exact numbers are conditional on; nothing where there are none."""
+    mass = evaluation.support_mass
+    return "" if mass is None else f"; exact: of the world's responses, {mass:.1%} of what the policy says"
 
 
 def _set_by_itself(evaluation: Evaluation) -> set[str]:
@@ -123,7 +130,7 @@ def _show_one(evaluation: Evaluation) -> None:
     columns = ["objective", "role", "threshold", "win rate", "satisfied", *["against reference"] * compared]
     columns += ["score", "judge", *_optimum(evaluation.oracle)]
     show_evaluation(evaluation, columns)
-    text = f"{evaluation.prompts} prompts, {evaluation.responses} responses of {words.words:.1f} words; distinct words "
+    text = f"{evaluation.responses} responses of {words.words:.1f} words; distinct words "
     text += f"{words.distinct_1:.3f}, pairs of words {words.distinct_2:.3f}"
     if before:
         text += f" (reference: {before.words:.1f} words, {before.distinct_1:.3f}, {before.distinct_2:.3f})"
@@ -149,6 +156,8 @@ def show_compared(compared: Compared, directory: Path) -> None:
     else:
         _show_many(evaluations)
         _show_comparisons(compared.comparisons)
+    for text in dict.fromkeys(doubt for e in evaluations for doubt in e.doubts):
+        warn(text)
     for entrant in compared.unfinished:
         warn(f"left out: {entrant.path} ({entrant.reason})")
     if scales and len(evaluations) == 1:
@@ -171,6 +180,7 @@ def _show_many(evaluations: Sequence[Evaluation]) -> None:
     listed = [f"{name} {' / '.join(map(_number, sorted(b)))}" for name, b in thresholds.items() if b]  # type: ignore[type-var]
     exact = any(measured.exact_win_rate is not None for of in objectives for measured in of.values())
     text = "exact win rates of the objectives" if exact else "win rates against the data's responses, 95 % intervals"
+    text += f", on {evaluations[0].asked}"
     say(text + (f"; yes, no: whether the threshold is kept ({', '.join(listed)})" if listed else ""))
     _explain_doubt([measured for of in objectives for measured in of.values()])
 
@@ -185,7 +195,8 @@ def _rate_or_score(measured: Measured) -> str:
 
 def _show_comparisons(comparisons: Sequence[Comparison]) -> None:
     decided = [c for c in comparisons if c.dominates]
-    level = f"(paired by prompt; p < {LEVEL:g} after Holm's adjustment for {len(comparisons)} pairs)"
+    level = f"(better under one objective, under none worse by {WORSE:g}; paired by prompt, p < {LEVEL:g} after Holm's"
+    level += f" adjustment for {len(comparisons)} pairs)"
     if not decided:
         say(f"no run dominates another {level}")
         return
@@ -211,11 +222,12 @@ def _number(value: float | None) -> str:
 
 
 def _interval(value: float, interval: tuple[float, float]) -> str:
-    return "" if math.isnan(value) else f"{value:.3f} ± {(interval[1] - interval[0]) / 2:.3f}"
+    half = (interval[1] - interval[0]) / 2
+    return "" if math.isnan(value) else f"{value:.3f}" + ("" if math.isnan(half) else f" ± {half:.3f}")
 
 
 def _satisfied(measured: Measured) -> str:
-    """Whether the threshold is kept; with a question mark where the interval leaves it open."""
+    """Whether the threshold is kept; with a question mark where that is undecided."""
     if measured.satisfied is None:
         return ""
     doubt = "?" if measured.satisfied_with_confidence == "undecided" else ""
@@ -223,8 +235,11 @@ def _satisfied(measured: Measured) -> str:
 
 
 def _explain_doubt(rows: Iterable[Measured]) -> None:
-    if any(measured.satisfied_with_confidence == "undecided" for measured in rows):
-        say("?: the 95 % interval holds the threshold; more evaluation.prompts decide it")
+    undecided = [measured for measured in rows if measured.satisfied_with_confidence == "undecided"]
+    if any(not math.isnan(measured.margin) for measured in undecided):
+        say("?: undecided, the 95 % interval holds the threshold; more test prompts would tell")
+    elif undecided:
+        say("?: undecided, too few test prompts for an interval")
 
 
 def _p(value: float) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mopo_cli.base.types import Example, Objective
 from mopo_cli.data.batches import Collator
-from mopo_cli.data.prepare import as_text
+from mopo_cli.data.prepare import as_text, unit_numbers
 from mopo_cli.data.table import TokenRow
 from mopo_cli.judging.judges import JudgedResponses, computed_judges, win_rates
 from mopo_cli.maths.estimates import leave_one_out
@@ -31,6 +31,7 @@ class JudgedRows:
     tokens: Sequence[TokenRow]
     features: list[Tensor]  # (G, K, D) preference features of the data's responses
     win_rates: list[Tensor]  # (G, K) leave-one-out p_bar of the data's responses
+    units: Tensor  # (N,) numbers, the same of rows that are not independent of each other
 
 
 def judge_rows(
@@ -53,7 +54,7 @@ def judge_rows(
         _write_labels(p, example, labelled)
         mask = torch.ones(1, len(feature), dtype=torch.bool)
         win_rates.append(leave_one_out(p[None], mask)[0])
-    return JudgedRows(objectives, examples, tokens, features, win_rates)
+    return JudgedRows(objectives, examples, tokens, features, win_rates, torch.from_numpy(unit_numbers(examples)))
 
 
 def _write_labels(p: Tensor, example: Example, columns: Sequence[int]) -> None:

@@ -6,7 +6,7 @@ import math
 from typing import TypeVar
 
 import torch
-from scipy.special import chdtri
+from scipy.special import stdtrit
 from torch import Tensor
 
 Number = TypeVar("Number", float, Tensor)
@@ -66,9 +66,14 @@ def _inverse_chi(f: Tensor, span: Tensor, epsilon: float, skip: Tensor) -> Tenso
     return u
 
 
-def auto_epsilon(n_eff: float, delta: float) -> float:
-    """Radius of an empirical-likelihood confidence ball: chi2_{1, 1 - delta} / (2 n_eff)."""
-    return float(chdtri(1.0, delta)) / (2.0 * max(n_eff, 1.0))
+def auto_epsilon(n: float, delta: float, n_eff: float | None = None) -> float:
+    """Radius of an empirical-likelihood confidence ball around the mean of n values: t^2_{1 - delta / 2} / (2 n).
+
+    The quantile is Student's with n_eff - 1 degrees of freedom (n - 1 where nothing else is said), which tends to the
+    chi2_{1, 1 - delta} / (2 n) of many values.
+    """
+    freedom = max((n if n_eff is None else n_eff) - 1.0, 1.0)
+    return float(stdtrit(freedom, 1.0 - delta / 2.0)) ** 2 / (2.0 * max(n, 1.0))
 
 
 def effective_sample_size(weights: Tensor) -> Tensor:
@@ -134,5 +139,5 @@ def _least_of_quadratic(
     return found
 
 
-def resolve_epsilon(epsilon: float | str, n_eff: float, delta: float) -> float:
-    return auto_epsilon(n_eff, delta) if epsilon == "auto" else float(epsilon)
+def resolve_epsilon(epsilon: float | str, n: float, delta: float, n_eff: float | None = None) -> float:
+    return auto_epsilon(n, delta, n_eff) if epsilon == "auto" else float(epsilon)

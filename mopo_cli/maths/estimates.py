@@ -76,39 +76,67 @@ class Estimate:
 
 
 def weighted_estimate(
-    win_rates: Tensor, weights: Tensor, epsilon: float | str, delta: float, self_normalise: bool = True
+    win_rates: Tensor,
+    weights: Tensor,
+    epsilon: float | str,
+    delta: float,
+    self_normalise: bool = True,
+    units: Tensor | None = None,
 ) -> Estimate:
     """R_k = E_ref[rho p_k] from (n, K) win rates of responses of the behaviour policy and (n,) ratios rho.
 
     Self-normalised, sum(w p) / sum(w), unless told otherwise; n_eff is the effective sample size of the weights.
+    units (n,): whole numbers, the same of responses that are not independent of each other; None: all are.
     """
     weights, win_rates = weights.double().cpu(), win_rates.double().cpu()  # where the multipliers are
     if self_normalise:
         weights = weights / weights.mean().clamp(min=1e-300)
     f = weights[:, None] * win_rates
-    n_eff = float(effective_sample_size(weights))
-    radius = resolve_epsilon(epsilon, n_eff, delta)
-    if self_normalise:
-        lower, chi = _lower_bound_of_ratio(win_rates[:, 1:], weights, radius)
-    else:
-        lower, chi = lower_bound(f[:, 1:].T, radius)
-    return Estimate(f.mean(0), lower, chi, radius, n_eff)
+    mean = f.mean(0)
+    if self_normalise:  # linearised: R + rho (p - R), whose mean is R and whose variance is n times the ratio's own
+        f = mean + weights[:, None] * (win_rates - mean)
+    lower, chi, radius = _pessimistic(f[:, 1:], weights, epsilon, delta, units)
+    return Estimate(mean, lower, chi, radius, float(effective_sample_size(weights)))
 
 
-def _lower_bound_of_ratio(win_rates: Tensor, weights: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """The bound around a self-normalised mean: of R + rho (p - R), whose mean is R (linearisation of the ratio)."""
-    mean = (weights[:, None] * win_rates).mean(0)
-    return lower_bound((mean + weights[:, None] * (win_rates - mean)).T, epsilon)
+def _pessimistic(
+    f: Tensor, weights: Tensor, epsilon: float | str, delta: float, units: Tensor | None
+) -> tuple[Tensor, Tensor, float]:
+    """Lower bounds (J,) of the means of (n, J) values, their chi, and the radius of the ball.
+
+    With `auto` a confidence bound: units are summed up, since only they are independent; the radius counts them once,
+    as the spread of f holds that of the weights already; and one more response that loses every comparison stands
+    beside them, without which a sample of wins alone would be certain (adjusted empirical likelihood, Chen, Variyath,
+    Abraham 2008). A radius that is given is a ball around the responses as they are.
+    """
+    if epsilon != "auto":
+        return *lower_bound(f.T, float(epsilon)), float(epsilon)
+    mean, units = f.mean(0), torch.arange(len(f)) if units is None else units.cpu()
+    numbered = units.unique(return_inverse=True)[1]
+    count = int(numbered.max()) + 1
+    sums = torch.zeros(count, f.shape[1], dtype=f.dtype).index_add_(0, numbered, f - mean)
+    of_units = mean + sums * count / len(f)
+    lost = mean - mean * count / float(effective_sample_size(weights).clamp(min=1.0))
+    n_eff = float(effective_sample_size(torch.zeros(count, dtype=f.dtype).index_add_(0, numbered, weights)))
+    radius = resolve_epsilon(epsilon, count, delta, min(n_eff, float(count)))
+    lower, chi = lower_bound(torch.cat([of_units, lost[None]]).T, radius)
+    return lower.clamp(min=0.0), chi, radius
 
 
 def sampled_estimate(
-    win_rates: Tensor, tau: float, epsilon: float | str, delta: float, known: Tensor | None = None
+    win_rates: Tensor,
+    tau: float,
+    epsilon: float | str,
+    delta: float,
+    known: Tensor | None = None,
+    units: Tensor | None = None,
 ) -> Estimate:
     """R_k from win rates (N, M, K) of M samples of the policy for each of N prompts.
 
     Samples outside `known` (N, M) are left out, and prompts without any other; where nothing is left, all count.
-    Prompts are the independent units: n_eff is their number and the bound is over their means. With several samples a
-    prompt the within-prompt covariance gives the dual's Hessian.
+    n_eff is the number of prompts, and the bound is over their means; units (N,): whole numbers, the same of prompts
+    that are not independent of each other. With several samples a prompt the within-prompt covariance gives the dual's
+    Hessian.
     """
     if known is None or not bool(known.any()):
         known = torch.ones(win_rates.shape[:2], dtype=torch.bool)
@@ -116,8 +144,8 @@ def sampled_estimate(
     weights = known[some].double()[..., None]
     win_rates = win_rates[some].double()
     means = (weights * win_rates).sum(1) / weights.sum(1)
-    radius = resolve_epsilon(epsilon, len(means), delta)
-    lower, chi = lower_bound(means[:, 1:].T, radius)
+    alike = torch.ones(len(means), dtype=torch.float64)
+    lower, chi, radius = _pessimistic(means[:, 1:], alike, epsilon, delta, None if units is None else units[some])
     sensitivity = None
     if (spare := float((weights.sum(1) - 1).sum())) > 0:
         centred = (weights * (win_rates - means[:, None]))[:, :, 1:]

@@ -59,7 +59,7 @@ def dominated_volume(points: np.ndarray, reference: np.ndarray) -> float:
 
 
 # --------------------------------------------------------------------------------------------- a finite set of runs
-Prompts = tuple[str, ...]
+Prompts = tuple[str, ...]  # the same of prompts that are not independent of each other
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,8 @@ def upper_edge(points: np.ndarray) -> np.ndarray:
 
 
 def resample(runs: Sequence[tuple[Prompts, np.ndarray]], draws: int, seed: int) -> np.ndarray:
-    """(draws, n, K) win rates of n runs, prompts drawn anew; a run is its prompts and (P, K) win rates on them.
+    """(draws, n, K) win rates of n runs, prompts drawn anew (those of one name together); a run is its prompts and
+    (P, K) win rates on them.
 
     Runs on the same prompts share the draw, as they share the luck of the prompts they were asked.
     """
@@ -115,8 +116,10 @@ def resample(runs: Sequence[tuple[Prompts, np.ndarray]], draws: int, seed: int) 
         groups.setdefault(prompts, []).append(i)
     rng = np.random.default_rng(seed)
     for prompts, members in groups.items():
-        count = len(prompts)
-        weights = rng.multinomial(count, np.full(count, 1 / count), size=draws) / count  # (draws, P)
+        names, numbered = np.unique(prompts, return_inverse=True)
+        count = len(names)
+        weights = rng.multinomial(count, np.full(count, 1 / count), size=draws)[:, numbered]  # (draws, P)
+        weights = weights / weights.sum(axis=1, keepdims=True)
         values = np.concatenate([runs[i][1] for i in members], axis=1)  # (P, members * K)
         means[:, members] = (weights @ values).reshape(draws, len(members), -1)
     return means

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from statistics import median
 
+from mopo_cli.evaluation.records import LIKELY
 from mopo_cli.pipeline.outcome import Outcome
 from mopo_cli.runs.constraints import out_of_reach
 
@@ -38,7 +39,7 @@ def warnings(run: Outcome) -> list[str]:
     )
     if run.aligned.estimator is None:
         signs = (_missed, _no_optimum, _no_movement, _blind_judge)
-    return [message for sign in signs for message in sign(run)]
+    return [*(message for sign in signs for message in sign(run)), *run.evaluation.doubts]
 
 
 def _infeasible(run: Outcome) -> list[str]:
@@ -204,16 +205,16 @@ def _no_conflict(run: Outcome) -> list[str]:
 
 
 def _optimistic(run: Outcome) -> list[str]:
-    found = {}
+    found, mass = {}, run.evaluation.support_mass
     for name, measured in run.evaluation.objectives.items():
-        exact = measured.exact_win_rate
+        exact = measured.exact_win_rate if mass is None or mass >= LIKELY else None
         found[name] = (measured.win_rate, measured.margin, "") if exact is None else (exact, 0.0, "exact ")
     return [
         f"{name}: the run's own estimate {estimate:.3f} and the {exact}evaluation {value:.3f} disagree; "
         "trust the evaluation"
         for name, estimate in run.aligned.estimated.items()
         for value, margin, exact in (found[name],)
-        if abs(estimate - value) > max(DISAGREEMENT, margin)
+        if abs(estimate - value) > DISAGREEMENT and abs(estimate - value) > margin  # never where that is unknown
     ]
 
 

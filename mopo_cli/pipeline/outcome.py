@@ -112,6 +112,11 @@ class Outcome:
             "aim": aligned.aim,
             "condition": aligned.condition,
             "objectives": {name: measured.summary() for name, measured in evaluation.objectives.items()},
+            "evaluation": {
+                "prompts": evaluation.prompts,
+                "independent_prompts": evaluation.independent_prompts,
+                "responses": evaluation.responses,
+            },
             "kl": evaluation.kl,
             "off_support": aligned.off_support,
             "duals": aligned.duals,

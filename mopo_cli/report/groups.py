@@ -159,9 +159,9 @@ def _row(group: Group, run: RunRecord, front: bool | None, axes: tuple[int, int]
     }
     for k, result in enumerate(run.objectives.values()):
         row[f"b{k}"], row[f"d{k}"] = result.threshold, result.dual
-        if result.win_rate is None or result.ci95 is None:
+        if result.win_rate is None:
             continue
-        row[f"w{k}"], (row[f"l{k}"], row[f"h{k}"]) = result.win_rate, result.ci95
+        row[f"w{k}"], (row[f"l{k}"], row[f"h{k}"]) = result.win_rate, result.ci95 or (None, None)
         row[f"e{k}"], row[f"o{k}"] = result.exact, result.optimum if aimed(run) else None
         row[f"x{k}"] = reached = result.exact if group.exact else result.win_rate
         if result.threshold is not None and reached is not None:

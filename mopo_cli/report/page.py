@@ -18,6 +18,7 @@ from typing import Any
 
 from mopo_cli import __version__
 from mopo_cli.base.secrets import masked, masked_command
+from mopo_cli.base.text import prompts_told
 from mopo_cli.report import groups, theme
 from mopo_cli.report.groups import Figure, Group
 from mopo_cli.report.quality import Quality
@@ -211,11 +212,11 @@ def _number(value: float | None, digits: int) -> Cell:
 
 def _rates(run: RunRecord, name: str, exact: bool) -> list[Cell]:
     result = run.objectives.get(name)
-    if result is None or result.win_rate is None or result.ci95 is None:
+    if result is None or result.win_rate is None:
         return [Cell()] * (1 + exact)
-    half = (result.ci95[1] - result.ci95[0]) / 2
+    half = f" ± {(result.ci95[1] - result.ci95[0]) / 2:.3f}" if result.ci95 else ""
     mark = result.verdict if result.verdict in ("yes", "no") else ""
-    sampled = Cell(f"{result.win_rate:.3f} ± {half:.3f}", float(f"{result.win_rate:.6g}"), "" if exact else mark)
+    sampled = Cell(f"{result.win_rate:.3f}{half}", float(f"{result.win_rate:.6g}"), "" if exact else mark)
     return [sampled, replace(_number(result.exact, 3), mark=mark)] if exact else [sampled]
 
 
@@ -258,11 +259,18 @@ def facts(run: RunRecord) -> list[tuple[str, str]]:
     constrained = any(result.threshold is not None for result in run.objectives.values())
     own = any(result.threshold is not None and not result.asked for result in run.objectives.values())
     exact = f", exact {oracle['kl']:.3f}" if oracle.get("kl") is not None else ""
+    asked = summary.get("evaluation") or {}
     steps = train.get("steps") or next((line["step"] for line in reversed(run.history)), None)
     rows: list[tuple[str, Any, Callable[[Any], str]]] = [
         ("state", run.state, str),
         ("method", run.method or None, str),
         ("asked behind", summary.get("condition") or None, str),
+        (
+            "measured on",
+            asked if "independent_prompts" in asked else None,
+            lambda a: prompts_told(a["prompts"], a["independent_prompts"]),
+        ),
+        ("exact numbers are of", oracle.get("support_mass"), "{:.1%} of what the policy says".format),
         ("KL to the reference", summary.get("kl"), lambda kl: f"{kl:.3f} nats{exact}"),
         ("thresholds", OWN_NOTE if own and run.finished else None, str),
         ("optimum", run.out_of_reach or None, "none: {}".format),
@@ -325,6 +333,7 @@ def csv_text(report: Report) -> str:
             row |= {f"exact/{name}": r.exact, f"optimum/{name}": r.optimum, f"estimated/{name}": r.estimated}
             row |= {f"attainable/{name}": r.attainable} if run.out_of_reach else {}
             row |= {f"threshold/{name}": r.threshold, f"satisfied/{name}": r.satisfied, f"dual/{name}": r.dual}
+            row |= {f"verdict/{name}": r.verdict}
         row |= {"kl": run.summary.get("kl"), "gap": run.oracle.get("gap")}
         row |= {"nondominated": front.get(run.id), "igd_plus": distance.get(run.id)}
         row |= {"seconds": (run.summary.get("train") or {}).get("wall_seconds"), "warnings": len(run.warnings)}

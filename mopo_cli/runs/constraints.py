@@ -5,6 +5,7 @@ Everything comes from what summary.json has of an objective, so a run says the s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ class Constraint:
     asked: bool  # by the user; else the run's own, on its schedule
     verdict: str  # "yes", "no" or "undecided" at 95 %; "" where nothing was measured
     win_rate: float
-    margin: float  # half the 95 % interval
+    margin: float  # half the 95 % interval; NaN where the prompts are too few for one
     exact: float | None = None
 
     @property
@@ -33,7 +34,7 @@ class Constraint:
         low, high = self.win_rate - self.margin, self.win_rate + self.margin
         carries = {"yes": low >= self.threshold, "no": high < self.threshold}.get(self.verdict, True)
         if carries or self.exact is None:
-            return f"win rate {self.win_rate:.3f} ± {self.margin:.3f}"
+            return f"win rate {self.win_rate:.3f}" + ("" if math.isnan(self.margin) else f" ± {self.margin:.3f}")
         return f"exact win rate {self.exact:.3f}"
 
     @property
@@ -62,12 +63,16 @@ def constraints_of(
             asked.get(name) is not None,
             verdict_of(result),
             float(result["win_rate"]),
-            (float(result["win_rate_ci95"][1]) - float(result["win_rate_ci95"][0])) / 2,
+            _half(*result["win_rate_ci95"]),
             exact.get(name),
         )
         for name, result in results.items()
         if result.get("threshold") is not None
     ]
+
+
+def _half(low: float | None, high: float | None) -> float:
+    return math.nan if low is None or high is None else (float(high) - float(low)) / 2
 
 
 def asked_of(settings: Mapping[str, Any]) -> dict[str, float | None]:

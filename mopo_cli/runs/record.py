@@ -16,6 +16,7 @@ from mopo_cli.base.secrets import masked
 from mopo_cli.base.text import flat, shown
 from mopo_cli.base.types import primary_first
 from mopo_cli.config.compose import option_name
+from mopo_cli.maths.significance import FEWEST
 from mopo_cli.runs.constraints import known_oracle, out_of_reach, verdict_of
 from mopo_cli.runs.directory import ENDED, RunDirectory, locked
 
@@ -40,7 +41,7 @@ class Result:
     threshold: float | None
     worst: float
     win_rate: float | None = None  # on samples
-    ci95: tuple[float, float] | None = None
+    ci95: tuple[float, float] | None = None  # None where the prompts are too few for an interval
     estimated: float | None = None  # by the run itself, while it trained
     satisfied: bool | None = None
     verdict: str = ""  # "yes", "no" or "undecided" at 95 %
@@ -60,6 +61,7 @@ class Answer(NamedTuple):
     prompt: str
     response: str
     scores: Mapping[str, float]
+    group: str = ""
 
 
 class RunFiles:
@@ -94,7 +96,9 @@ class RunFiles:
     def answers(self) -> list[Answer]:
         """The lines of samples.jsonl."""
         return [
-            Answer(str(line.get("prompt", "")), str(line.get("response", "")), line["scores"])
+            Answer(
+                str(line.get("prompt", "")), str(line.get("response", "")), line["scores"], str(line.get("group") or "")
+            )
             for line in read_lines(RunDirectory(self.path).samples)
             if isinstance(line, dict) and isinstance(line.get("scores"), dict)
         ]
@@ -253,7 +257,7 @@ def _summary(run: RunDirectory) -> tuple[dict[str, Any], str | None]:
     try:
         values = run.results()
         for result in values["objectives"].values():
-            _ = float(result["win_rate"]), [float(x) for x in result["win_rate_ci95"]], result["role"]
+            _ = float(result["win_rate"]), _interval(result), result["role"]
         return values, None
     except UserError as error:
         return {}, str(error)
@@ -302,7 +306,7 @@ def _results(summary: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str,
             role=values["role"],
             threshold=values.get("threshold"),
             win_rate=float(values["win_rate"]),
-            ci95=(float(values["win_rate_ci95"][0]), float(values["win_rate_ci95"][1])),
+            ci95=_interval(values),
             estimated=values.get("estimated_win_rate"),
             satisfied=values.get("satisfied"),
             verdict=verdict_of(values),
@@ -314,6 +318,12 @@ def _results(summary: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str,
         )
         for name, values in summary["objectives"].items()
     }
+
+
+def _interval(result: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The 95 % interval of its win rate; None where it was too few prompts for one."""
+    low, high = result["win_rate_ci95"]
+    return None if low is None or high is None else (float(low), float(high))
 
 
 def _goal(node: Mapping[str, Any]) -> Result:
@@ -345,15 +355,18 @@ def differing_data(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def sampled_rates(run: RunRecord) -> tuple[Prompts, np.ndarray] | None:
-    """The prompts of a run's samples and the (P, K) mean win rates of its responses to each; None without samples."""
+    """What each prompt of a run's samples is independent of others by (its group, else itself), and the (P, K) mean win
+    rates of the responses to each; None of fewer than FEWEST independent ones."""
     by_prompt: dict[str, list[list[float]]] = {}
+    units: dict[str, str] = {}
     for answer in run.answers:
         row = [answer.scores.get(name) for name in run.names]
         if all(_is_number(value) for value in row):
             by_prompt.setdefault(answer.prompt, []).append(row)  # type: ignore[arg-type]
-    if len(by_prompt) < 2:
+            units[answer.prompt] = answer.group or answer.prompt
+    if len(set(units.values())) < FEWEST:
         return None
-    return tuple(by_prompt), np.array([np.mean(rows, axis=0) for rows in by_prompt.values()])
+    return tuple(units.values()), np.array([np.mean(rows, axis=0) for rows in by_prompt.values()])
 
 
 def _is_number(value: Any) -> bool:

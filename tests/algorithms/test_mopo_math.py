@@ -14,6 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 from scipy.stats import chi2
+from scipy.stats import t as student_t
 from torch import Tensor
 
 from mopo_cli.algorithms.mopo.core import (
@@ -229,8 +230,9 @@ def test_chi_gradient_is_the_derivative(seed, chi, epsilon):
 
 
 def test_auto_epsilon_is_the_empirical_likelihood_radius():
-    assert auto_epsilon(100, 0.1) == pytest.approx(chi2.ppf(0.9, 1) / 200)
-    assert auto_epsilon(100, 0.05) == pytest.approx(1.959963984540054**2 / 200)
+    assert auto_epsilon(10**6, 0.1) == pytest.approx(chi2.ppf(0.9, 1) / (2 * 10**6), rel=1e-4)
+    assert auto_epsilon(8, 0.2) == pytest.approx(student_t.ppf(0.9, 7) ** 2 / 16)  # of few values: Student's quantile
+    assert auto_epsilon(100, 0.2, n_eff=8.0) == pytest.approx(student_t.ppf(0.9, 7) ** 2 / 200)
     assert auto_epsilon(0.0, 0.1) == auto_epsilon(1.0, 0.1)
     assert resolve_epsilon("auto", 50, 0.1) == auto_epsilon(50, 0.1)
     assert resolve_epsilon(0.15, 50, 0.1) == 0.15
@@ -498,8 +500,52 @@ def test_weighted_estimate_of_equal_weights_is_the_mean_with_its_bound():
     torch.testing.assert_close(found.win_rates, rates.mean(0))
     assert found.n_eff == pytest.approx(40)
     assert found.epsilon == auto_epsilon(40, 0.1)
-    torch.testing.assert_close(found.lower, lower_bound(rates[:, 1:].T, found.epsilon)[0])
+    lost = torch.zeros(1, 2, dtype=torch.float64)
+    torch.testing.assert_close(found.lower, lower_bound(torch.cat([rates[:, 1:], lost]).T, found.epsilon)[0])
     torch.testing.assert_close(weighted_estimate(rates, torch.ones(40), 0.0, 0.1).lower, rates.mean(0)[1:])
+
+
+class TestConfidenceOfTheBound:
+    """`epsilon: auto` says 1 - delta / 2 = 90 %, one-sided, for the luck of the prompts: held against fresh draws."""
+
+    @pytest.mark.parametrize("prompts", [4, 8, 32])
+    @pytest.mark.parametrize("rate", [0.5, 0.98])
+    @pytest.mark.parametrize("wins", [1, 2])
+    def test_of_samples(self, prompts: int, rate: float, wins: int):
+        rng = np.random.default_rng([prompts, int(100 * rate), wins])
+        drawn = f64(rng.binomial(wins, rate, (300, prompts)) / wins)
+        bounds = [sampled_estimate(rates[:, None, None].expand(-1, 1, 2), 0.1, "auto", 0.2).lower for rates in drawn]
+        assert float((torch.cat(bounds) <= rate).double().mean()) >= 0.9 - 0.035  # two errors of 300 draws
+
+    def test_of_prompts_in_groups(self):
+        """Prompts of a group that say nearly the same are few, however many they are."""
+        rng = np.random.default_rng(0)
+        kept, naive = 0, 0
+        for _ in range(200):
+            rates = np.clip(np.repeat(rng.beta(2, 2, 20), 10) + rng.normal(0, 0.02, 200), 0, 1)
+            column = f64(rates)[:, None, None].expand(-1, 1, 2)
+            kept += float(sampled_estimate(column, 0.1, "auto", 0.2, units=torch.arange(200) // 10).lower) <= 0.5
+            naive += float(sampled_estimate(column, 0.1, "auto", 0.2).lower) <= 0.5
+        assert kept >= 0.865 * 200
+        assert naive < 0.8 * 200  # what it was
+
+    @pytest.mark.parametrize(("spread", "responses"), [(0.5, 50), (1.0, 400)])
+    def test_of_weighted_responses(self, spread: float, responses: int):
+        """The weights' variance counts once: the bound lies as far down as the estimate varies, and no further."""
+        rng = np.random.default_rng(1)
+        z = rng.normal(size=(400, responses))  # log-ratios; under the policy they are shifted by `spread`
+        grid = np.linspace(-8, 8, 2001)
+        density = np.exp(-(grid**2) / 2)
+        truth = float((density / (1 + np.exp(-grid - spread))).sum() / density.sum())
+        wins = f64(rng.random(z.shape) < 1 / (1 + np.exp(-z)))
+        weights = f64(np.exp(spread * z))
+        found = [
+            weighted_estimate(w[:, None].expand(-1, 2), rho, "auto", 0.2) for w, rho in zip(wins, weights, strict=True)
+        ]
+        lower, rates = (torch.stack([getattr(e, key)[-1] for e in found]) for key in ("lower", "win_rates"))
+        assert float((lower <= truth).double().mean()) >= 0.87
+        down, varies = float((rates - lower).mean()), 1.2816 * float(rates.std())
+        assert varies < down < 1.25 * varies  # 1.4 and 1.7 times before
 
 
 def test_sampled_estimate_by_hand():

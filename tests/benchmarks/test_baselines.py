@@ -241,7 +241,7 @@ class TestWithoutThresholds:
             return evaluation({"a": replace(result, role="primary", threshold=None), "b": result}, 0.3, oracle)
 
         rates = {"a": 0.5, "b": 0.5}
-        exact = Exact(rates, rates, 0.0, 0.3, 0.7, {"b": 0.1}, 0.0, True, rates, rates, 1.0)
+        exact = Exact(rates, {}, 1.0, 64, 64, rates, 0.0, 0.3, 0.7, {"b": 0.1}, 0.0, True, rates, rates)
         for threshold, there in ((None, False), (0.4, True)):
             show_results(asked(threshold, exact), RunDirectory(tmp_path))
             text = capsys.readouterr().out
@@ -251,7 +251,9 @@ class TestWithoutThresholds:
     def test_console_of_thresholds_out_of_reach(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         result = Measured("secondary", 0.9, 0.5, (0.4, 0.6), None, False, "exact", "no")
         rates = {"a": 0.5, "b": 0.5}
-        exact = Exact(rates, None, None, 0.3, None, None, None, False, {"b": 0.8}, rates, 1.0, shortfall=0.1)
+        exact = Exact(
+            rates, {}, 1.0, 64, 64, None, None, 0.3, None, None, None, False, {"b": 0.8}, rates, shortfall=0.1
+        )
         objectives = {"a": replace(result, role="primary", threshold=None, satisfied=None), "b": result}
         show_results(evaluation(objectives, 0.3, exact), RunDirectory(tmp_path))
         text = capsys.readouterr().out

@@ -195,7 +195,7 @@ class TestTrueCorrelation:
             found = statistics.true_correlation(within.cross, table.prompt, j, k)
             counted = statistics.mean(within.ranks[:, j, k], table.prompt)
             assert abs(found.value - exact) < 3 * found.se
-            assert found.se < 0.04
+            assert found.se < 0.05  # of 72 topics, whose phrasings count once
             assert abs(counted.value) < 0.6 * abs(exact)  # what correcting is for
         signal = statistics.mean(3 * within.cross[:, 0, 0], table.prompt)
         assert abs(signal.value - 12 * moments[0, 0]) < 3 * signal.se

@@ -17,6 +17,7 @@ from mopo_cli.base.types import Corpus, Example, PreferenceData, Text
 from mopo_cli.config.schema import ObjectiveConfig
 from mopo_cli.data import prepare
 from mopo_cli.data.assistant import assistant
+from mopo_cli.data.corpora import pairs
 
 NAN = math.nan
 CONCISE = {"_target_": "mopo_cli.data.computed.concise"}
@@ -327,3 +328,35 @@ class TestTexts:
         assert (
             prepare.transcript([{"role": "system", "content": "Be"}, user]) == "System: Be\n\nHuman: Hi\n\nAssistant:"
         )
+
+
+class TestGroups:
+    def test_rows_of_a_group_stay_in_one_split_and_are_one_unit(self, load: Callable[..., PreferenceData]):
+        rows = [example(f"Q{i}", group=f"topic {i % 40}") for i in range(200)]
+        data = load(corpus(rows), heldout_fraction=0.3, test_fraction=0.3)
+        parts = [{row.group for row in part} for part in (data.train, data.heldout, data.test)]
+        assert sum(map(len, parts)) == len(set().union(*parts)) == 40
+        assert len(set(prepare.unit_numbers(data.train).tolist())) == len(parts[0]) < len(data.train)
+
+    def test_without_groups_a_prompt_is_a_unit(self):
+        rows = [example("Q1"), example("Q2"), example("Q1", context="another")]
+        assert prepare.unit_numbers(rows).tolist() == [0, 1, 0]
+
+    def test_of_the_embedded_world_are_its_topics(self):
+        rows = list(assistant(rows=10).test or ())
+        assert (len(rows), len(set(prepare.unit_numbers(rows).tolist()))) == (144, 72)
+
+    @pytest.mark.parametrize("value", [None, "", ["a"]])
+    def test_a_row_without_its_group(self, tmp_path: Path, value: object):
+        row = {"prompt": "Q", "chosen": "a", "rejected": "b", "topic": value}
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+        made = pairs(str(tmp_path / "rows.jsonl"), chosen_means="helpful", group="topic")
+        with pytest.raises(UserError, match=r"rows.jsonl:1: dataset.group=topic: the row has no text or number there"):
+            list(made.examples)
+
+    def test_a_column_of_groups_is_no_objective(self, tmp_path: Path):
+        row = {"prompt": "Q", "chosen": "a", "rejected": "b", "helpful": 1, "topic": 0}
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+        made = pairs(str(tmp_path / "rows.jsonl"), group="topic")
+        assert made.objectives == ("helpful",)
+        assert [row.group for row in made.examples] == ["0"]

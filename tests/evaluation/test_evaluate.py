@@ -6,22 +6,28 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from classifiers import saved
+from evaluations import evaluation
 from running import TINY, Finished, mopo, read_json
 
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.types import Example
 from mopo_cli.config.schema import EvalConfig
 from mopo_cli.evaluation.entrants import check_alike, find_entrants, read_answers
+from mopo_cli.evaluation.exact import _rates
+from mopo_cli.evaluation.records import ExactRates, Measured
 from mopo_cli.evaluation.responses import evaluated_prompts
+from mopo_cli.maths.significance import verdict
 from mopo_cli.runs.find import newest_run
 
 Run = Callable[..., Finished]
-QUICK = ("evaluation.exact_prompts=8", "evaluation.prompts=16", "evaluation.bootstrap=50", "sampling.max_new_tokens=12")
+QUICK = ("evaluation.exact_prompts=8", "evaluation.prompts=16", "sampling.max_new_tokens=12")
 
 
 class TestChoosingARun:
@@ -217,6 +223,40 @@ class TestFilesOfResponses:
         assert "prompts in responses=mine.jsonl are no test prompts of the data" in done.err
 
     @pytest.mark.parametrize(
+        ("prompts", "topics", "told"),
+        [
+            (20, 0, "20 test prompts: too few for an interval"),
+            (60, 20, "60 test prompts, 20 of them independent: too few for an interval"),
+            (60, 40, None),
+        ],
+    )
+    def test_few_independent_prompts(self, run_here: Run, here: Path, prompts: int, topics: int, told: str | None):
+        """Answers that all win are no proof where there are few: no interval, no verdict, a warning with the number."""
+        rows = [
+            {"prompt": f"p{i}", "chosen": "one two three", "rejected": "one two", "topic": i % topics if topics else i}
+            for i in range(prompts)
+        ]
+        (here / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        asked = [{"prompt": f"p{i}", "response": "one"} for i in range(prompts)]
+        (here / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+        done = run_here(
+            "eval", "responses=mine.jsonl", "dataset=pairs", "dataset.path=data.jsonl", "dataset.chosen_means=human",
+            "dataset.group=topic", "objectives=human_concise", "objectives.concise.threshold=0.6", "scorers=[overlap]",
+            "scorers.overlap.objective=human", "dir=out",
+        )  # fmt: skip
+        assert done.status == 0, done.err
+        found = read_json(here / "out" / "evaluation.json")["evaluations"][0]
+        concise = found["objectives"]["concise"]
+        assert (found["prompts"], found["independent_prompts"]) == (prompts, topics or prompts)
+        assert concise["win_rate"] == 1.0
+        verdict, low = concise["satisfied_with_confidence"], concise["win_rate_ci95"][0]
+        assert (verdict, low is None) == (("yes", False) if told is None else ("undecided", True))
+        assert (found["scorers"] or found["objectives"])["human"]["score_ci95"][0] is None or told is None
+        assert (told is None) or (told in done.err)
+        assert "± 0.000" not in done.out
+        assert f"{prompts} test prompts" in done.out
+
+    @pytest.mark.parametrize(
         ("overrides", "told"),
         [
             ((), "objectives: none, and no scorers; give scorers=[NAME]"),
@@ -240,6 +280,56 @@ class TestFilesOfResponses:
         assert done.status == 2, done.out
         assert told in done.err
         assert done.err.count("\n") == 1
+
+
+class TestExactNumbers:
+    """Conditional on the world's responses: they settle a threshold as far as the policy gives those."""
+
+    def measured(self, threshold: float) -> Measured:
+        told = verdict((0.469, 0.546), threshold)
+        return Measured("secondary", threshold, 0.507, (0.469, 0.546), None, False, "exact", told)
+
+    @pytest.mark.parametrize(
+        ("exact", "mass", "threshold", "settled"),
+        [
+            (0.60, 0.001, 0.55, (False, "no")),  # the case that said yes: the samples decide, not the exact number
+            (0.60, 0.001, 0.52, (False, "undecided")),
+            (0.60, 1.0, 0.55, (True, "yes")),
+            (0.54, 1.0, 0.55, (False, "no")),
+            (0.60, 0.95, 0.55, (True, "yes")),  # at least 0.57
+            (0.57, 0.95, 0.52, (True, "yes")),  # at least 0.5415
+            (0.53, 0.98, 0.52, (False, "undecided")),  # between 0.519 and 0.539
+            (0.40, 0.95, 0.50, (False, "no")),  # at most 0.43
+        ],
+    )
+    def test_settle_by_their_mass(self, exact: float, mass: float, threshold: float, settled: tuple[bool, str]):
+        found = self.measured(threshold).settled(exact, (mass * exact, mass * exact + 1 - mass))
+        assert (found.satisfied, found.satisfied_with_confidence) == settled
+        assert found.exact_win_rate == exact
+
+    def test_of_few_prompts_settle_nothing(self):
+        rates = ExactRates({"a": 0.6}, {"a": (0.6, 0.6)}, 1.0, 24, 24)
+        assert self.measured(0.55).settled(0.6, rates.bounds_of("a")).satisfied_with_confidence == "no"
+        assert replace(rates, independent_prompts=30).bounds_of("a") == (0.6, 0.6)
+
+    def test_bounds_hold_whatever_else_the_policy_says(self):
+        """Two prompts that differ in mass and in what they win: E m w, not E m times E w."""
+        win_rates = np.array([[[0.2], [0.4]], [[0.8], [1.0]]])
+        conditional = np.log([[0.5, 0.5], [0.25, 0.75]])
+        asked = [Example(f"p{i}", (), (), (), group="g") for i in range(2)]
+        found = _rates(["a"], conditional, win_rates, np.array([0.9, 0.1]), asked)
+        assert found.win_rate["a"] == pytest.approx((0.3 + 0.95) / 2)
+        assert found.bounds["a"] == pytest.approx(((0.27 + 0.095) / 2, (0.27 + 0.095) / 2 + 0.5))
+        assert (found.support_mass, found.prompts, found.independent_prompts) == (pytest.approx(0.5), 2, 1)
+
+    def test_low_mass_and_few_prompts_are_warnings(self):
+        found = evaluation({"a": self.measured(0.55)}, 0.3)
+        assert found.doubts == []
+        assert replace(found, support_mass=0.95).doubts == []
+        (doubt,) = replace(found, support_mass=0.001).doubts
+        assert doubt.startswith("exact win rates are of the world's responses, which are 0.1% of what the policy says")
+        (doubt,) = replace(found, prompts=2, independent_prompts=1).doubts
+        assert doubt.startswith("2 test prompts, 1 of them independent: too few for an interval")
 
 
 class TestPrompts:
@@ -344,8 +434,7 @@ class TestEvaluating:
         assert done.status == 0, done.err
         found = read_json(here / "itself" / "evaluation.json")["evaluations"][0]
         assert found["kl"] == pytest.approx(0.0, abs=1e-6)
-        low, high = found["objectives"]["helpful"]["reference_win_rate_ci95"]
-        assert low - 0.05 < 0.5 < high + 0.05
+        assert found["objectives"]["helpful"]["reference_win_rate"] == pytest.approx(0.5, abs=0.15)
         done = run_here("eval", f"run={plain}", "reference=before", *data, *QUICK, "dir=before_it", "seed=0")
         assert done.status == 0, done.err
         kl = read_json(here / "before_it" / "evaluation.json")["evaluations"][0]["kl"]
@@ -370,7 +459,12 @@ class TestEvaluating:
         assert found["oracle"] is None
         answers = here / "mine.jsonl"
         answers.write_text("".join(json.dumps({"prompt": f"say {i}", "response": "no"}) + "\n" for i in range(7)))
-        done = run_here("eval", "responses=mine.jsonl", "judge=a", "dir=out", "evaluation.bootstrap=50")
+        done = run_here(
+            "eval",
+            "responses=mine.jsonl",
+            "judge=a",
+            "dir=out",
+        )
         assert done.status == 0, done.err
         human = read_json(here / "out" / "evaluation.json")["evaluations"][0]["objectives"]["human"]
         assert human["judge"] == "preference model"

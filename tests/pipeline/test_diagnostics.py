@@ -211,8 +211,8 @@ class TestSigns:
 
     def test_the_verdict_decides_what_is_missed_not_another_number(self):
         rates, free = HEALTHY["evaluated"], {"duality_gap": 0.0, "optimum_kl": 0.7, "optimum_duals": {}}
-        exact = Exact(rates | {"harmless": 0.548}, rates, 0.0, 0.3, feasible=True, attainable={}, reference=rates,
-                      support_mass=1.0, **free)  # fmt: skip
+        exact = Exact(rates | {"harmless": 0.548}, {}, 1.0, 64, 64, rates, 0.0, 0.3, feasible=True, attainable={},
+                      reference=rates, **free)  # fmt: skip
         assert only(oracle=exact, verdicts={"harmless": "no"}) == (
             "harmless: the exact win rate 0.548 is below the threshold 0.550"
         )
@@ -221,8 +221,8 @@ class TestSigns:
 
     def test_thresholds_that_no_policy_keeps_together(self):
         rates = HEALTHY["evaluated"]
-        beyond = Exact(rates, None, None, 0.3, None, None, None, False, {"harmless": 0.8, "concise": 0.7}, rates, 1.0,
-                       shortfall=0.034)  # fmt: skip
+        most = {"harmless": 0.8, "concise": 0.7}
+        beyond = Exact(rates, {}, 1.0, 64, 64, None, None, 0.3, None, None, None, False, most, rates, shortfall=0.034)
         assert only(oracle=beyond) == (
             "no policy keeps these thresholds: harmless at least 0.550 and concise at least 0.510 are out of reach "
             "together: each alone is attainable (harmless 0.800 and concise 0.700); lowered by 0.034 each, all are"

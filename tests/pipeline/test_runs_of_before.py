@@ -36,7 +36,7 @@ def test_a_finished_run_is_reported_sampled_evaluated_and_exported(runs: Path, r
     for command in (
         ("report", f"run={run}"),
         ("sample", f"run={run}", "prompt=How do I boil an egg?"),
-        ("eval", f"run={run}", "evaluation.prompts=4", "evaluation.bootstrap=20", "evaluation.exact_prompts=4"),
+        ("eval", f"run={run}", "evaluation.prompts=4", "evaluation.exact_prompts=4"),
         ("export", f"run={run}", f"to={runs / 'shared'}"),
     ):
         done = run_here(*command)

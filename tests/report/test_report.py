@@ -255,6 +255,29 @@ class TestQuality:
         assert len(prompts) == 40
         assert values.mean(axis=0) == pytest.approx(list(PAIR.values()), abs=1e-4)
 
+    def test_prompts_of_a_group_are_drawn_together(self):
+        values = np.repeat(np.random.default_rng(0).random((40, 1)), 5, axis=0)
+        apart = resample([(tuple(map(str, range(200))), values)], 400, seed=0)
+        together = resample([(tuple(str(i // 5) for i in range(200)), values)], 400, seed=0)
+        assert together.std() == pytest.approx(5**0.5 * apart.std(), rel=0.2)
+
+    def test_of_few_prompts_there_is_no_interval(self, tmp_path: Path):
+        run = write_run(tmp_path / "a", PAIR, responses=3)
+        lines = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+        grouped = [json.dumps({**line, "group": f"g{i % 29}"}) + "\n" for i, line in enumerate(lines)]
+        (run / "samples.jsonl").write_text("".join(grouped))
+        assert sampled_rates(read_run(run)) is None
+        summary = json.loads((run / "summary.json").read_text())
+        for result in summary["objectives"].values():
+            result |= {"win_rate_ci95": [None, None], "satisfied_with_confidence": "undecided"}
+        summary["evaluation"] = {"prompts": 40, "independent_prompts": 29, "responses": 120}
+        (run / "summary.json").write_text(json.dumps(summary))
+        record = read_run(run)
+        assert (record.objectives["helpful"].ci95, record.verdict) == (None, "undecided")
+        html = page.render(built(run))
+        assert "40 test prompts, 29 of them independent" in html
+        assert "undecided" in html
+
 
 class TestPage:
     def test_200_runs_stay_small(self, tmp_path: Path):

@@ -208,7 +208,8 @@ class Alignment(PrimalDual):
         batch = self.train_rows.batch(self.trainer.model, requests, rows)
         if self.shared.estimator == "offline":
             with torch.no_grad():
-                self.offline.append(self.points[0].estimate(batch))
+                units = self.train_rows.judged.units[[request.row for request in requests]]
+                self.offline.append(self.points[0].estimate(batch, units))
         points = len(self.points)
         duals = [point.duals for point in self.points]
         of_rows = duals[0] if points == 1 else torch.stack([duals[number % points] for number in numbers])
@@ -286,7 +287,8 @@ class Alignment(PrimalDual):
 
     def _sampled(self, point: Lagrangian, samples: Sequence[Samples]) -> Estimate:
         on_support = torch.stack([s.on_support for s in samples])
-        return point.sampled(torch.stack([s.scores for s in samples]), on_support)
+        units = self.heldout.units[[s.row for s in samples]]
+        return point.sampled(torch.stack([s.scores for s in samples]), on_support, units)
 
     def _weighted(self, judged: JudgedRows, count: int) -> Estimate:
         """Importance-weighted estimate from the data's responses of the first `count` rows of a split."""
@@ -298,7 +300,7 @@ class Alignment(PrimalDual):
         log_ratio = torch.cat(now).sub(torch.cat(before)).double()
         weights = log_ratio.clamp(-30, 30).exp()
         self.kl = float((weights / weights.mean() * log_ratio).mean())
-        return self.points[0].estimate(batch)
+        return self.points[0].estimate(batch, judged.units[:count])
 
     def _heldout_numbers(self, step: int, prompts: int) -> list[int]:
         size = len(self.heldout.tokens)

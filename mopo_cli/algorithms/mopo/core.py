@@ -174,17 +174,24 @@ class Lagrangian:
             return importance_ratio(scores, self.settings.tau, batch.mask, self.settings.normalize)
         return (batch.policy_logps.detach() - batch.behaviour_logps).double().clamp(-30, 30).exp()
 
-    def estimate(self, batch: LogpBatch) -> Estimate:
-        """R_k from a batch of the data's responses (offline: training pairs; held-out: pairs kept out of training)."""
+    def estimate(self, batch: LogpBatch, units: Tensor | None = None) -> Estimate:
+        """R_k from a batch of the data's responses (offline: training pairs; held-out: pairs kept out of training).
+
+        units (B,): numbers, the same of rows that are not independent of each other; None: all are.
+        """
         settings, use = self.settings, batch.mask & batch.from_data
         printed = settings.extraction == "bc" and settings.normalize == "none"
         ratios = self.ratios(batch)[use]
-        return weighted_estimate(batch.win_rates[use], ratios, settings.epsilon, settings.delta, not printed)
+        of_rows = torch.arange(len(use)) if units is None else units
+        of_responses = of_rows[:, None].expand(use.shape)[use.cpu()]
+        rates, epsilon, delta = batch.win_rates[use], settings.epsilon, settings.delta
+        return weighted_estimate(rates, ratios, epsilon, delta, not printed, of_responses)
 
-    def sampled(self, win_rates: Tensor, on_support: Tensor | None = None) -> Estimate:
+    def sampled(self, win_rates: Tensor, on_support: Tensor | None = None, units: Tensor | None = None) -> Estimate:
         """R_k from win rates (N, M, K) of M samples of the policy for each of N prompts; those off the data's support
-        (N, M) are left out."""
-        return sampled_estimate(win_rates, self.settings.tau, self.settings.epsilon, self.settings.delta, on_support)
+        (N, M) are left out. units (N,): numbers, the same of prompts that are not independent of each other."""
+        settings = self.settings
+        return sampled_estimate(win_rates, settings.tau, settings.epsilon, settings.delta, on_support, units)
 
     def start(self, win_rates: np.ndarray, log_reference: np.ndarray, margin: float) -> np.ndarray:
         """Multipliers from the offline dual: those of (P)'s solution where win_rates (N, A, K) of the reference's
