@@ -22,7 +22,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 COMMANDS: dict[str, tuple[str, ...]] = {
     "report": ("report", "run=RUN", "figures=false", "bootstrap=5"),
-    "eval": ("eval", "run=RUN", "evaluation.prompts=2", "evaluation.bootstrap=5", "evaluation.exact_prompts=1"),
+    "eval": ("eval", "run=RUN", "evaluation.prompts=2", "evaluation.exact_prompts=1"),
     "sample": ("sample", "run=RUN", "prompt=How do I boil an egg?", "compare=2", "sampling.max_new_tokens=4"),
     "export": ("export", "run=RUN", "to=shared"),
     "resume": ("train", *OF_BEFORE, "algorithm=mopo", "run.dir=RUN", "run.resume=true"),
