@@ -22,6 +22,7 @@ UNREADABLE = (
 )
 UNREAD = "unread_columns"  # in the provenance, where there are any
 MOST = 50
+MOST_REASONS = 20  # different ones, for which rows are left out, that are counted apart
 _TELLING = frozenset((*PROMPTS, *SYSTEMS, *UNREADABLE))
 _OF_PAIRS = frozenset(("prompt", "chosen", "rejected", "context"))
 _OF_LISTS = frozenset(("prompt", "responses", "scores", "labels", "context"))
@@ -151,3 +152,10 @@ class Unread:
 
 def show(value: Any) -> Shown:
     return Shown("null" if value is None else reprlib.repr(value))
+
+
+def count_reason(counts: dict[str, int], what: str) -> None:
+    """One more of `what`; of what is met after MOST_REASONS others, one more of the rest."""
+    if what not in counts and len(counts) >= MOST_REASONS:
+        what = "others"
+    counts[what] = counts.get(what, 0) + 1

@@ -17,7 +17,7 @@ from typing import Any
 
 from mopo_cli.base.errors import RowError, Shown, UserError
 from mopo_cli.base.types import Corpus, Example, Message, Text
-from mopo_cli.data.columns import UNREAD, Unread
+from mopo_cli.data.columns import UNREAD, Unread, count_reason
 from mopo_cli.data.readers import (
     DROPPABLE,
     Rows,
@@ -40,7 +40,6 @@ from mopo_cli.data.subsample import Reservoir, sampled
 
 Row = dict[str, Any]
 LocatedRow = tuple[str, Row | RowError]  # where, and what
-MOST_REASONS = 20  # different ones that are counted apart
 ULTRAFEEDBACK_ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
 HELPSTEER2_ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 QA_FEEDBACK_PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))  # of its six comparisons, in order
@@ -113,7 +112,7 @@ def pairs(
             except RowError as error:
                 if invalid == "error":
                     raise UserError(f"{error}. {DROPPABLE}") from None
-                _count(skipped, error.kind)
+                count_reason(skipped, error.kind)
                 continue
             unread.see(row)  # type: ignore[arg-type]  # an error would have been raised
             yield example
@@ -133,13 +132,6 @@ def _group_of(row: Row, column: str, where: str) -> str:
         why = f"dataset.group={column}: the row has no text or number there; it has "
         raise RowError(where, why, Shown(found))
     return str(value)
-
-
-def _count(counts: dict[str, int], what: str) -> None:
-    """One more of `what`; of what is met after MOST_REASONS others, one more of the rest."""
-    if what not in counts and len(counts) >= MOST_REASONS:
-        what = "others"
-    counts[what] = counts.get(what, 0) + 1
 
 
 def _declared(rows: RowsOrErrors) -> RowsOrErrors:

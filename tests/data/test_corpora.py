@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.types import Corpus, Example
 from mopo_cli.data import corpora
+from mopo_cli.data.columns import MOST_REASONS
 from mopo_cli.data.computed import concise, grounded
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -196,8 +197,8 @@ class TestDroppedRows:
         corpus = corpora.pairs(path, invalid="drop")
         assert len(list(corpus.examples)) == 1
         skipped: Any = corpus.provenance["skipped"]
-        assert len(skipped) == corpora.MOST_REASONS + 1
-        assert skipped["others"] == 40 - corpora.MOST_REASONS
+        assert len(skipped) == MOST_REASONS + 1
+        assert skipped["others"] == 40 - MOST_REASONS
 
     def test_columns_that_nothing_reads_are_listed(self, tmp_path: Path):
         path = write(tmp_path / "rows.jsonl", {**self.GOOD, "id": None, "note": "x"}, {**self.GOOD, "id": 7})
