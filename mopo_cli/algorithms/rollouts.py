@@ -149,10 +149,10 @@ class Rollouts:
         scores: Sequence[Tensor],
     ) -> list[Samples]:
         before = self.reference(plain)
-        end = self.setting.inputs.policy.tokenizer.eos_token_id
+        ends = self.setting.inputs.policy.encoder.ends
         return [
             Samples(*request, TokenRow(prompt, row.responses), row, score, logps, logps >= self.floor,
-                    torch.tensor([response[-1:] == [end] for response in row.responses]))
+                    torch.tensor([bool(response) and response[-1] in ends for response in row.responses]))
             for request, prompt, row, score, logps in zip(requests, prompts, plain, scores, before, strict=True)
         ]  # fmt: skip
 
@@ -181,4 +181,5 @@ def rollout_settings(setting: Setting) -> list[object]:
         for example in inputs.examples[split]:
             contexts.update(repr((example.context, example.group)).encode("utf-8", "surrogatepass"))
     lengths = config.model.max_length, inputs.policy.encoder.longest_response, config.model.chat_template
-    return [computed, asdict(config.sampling), asdict(config.onpolicy), lengths, contexts.hexdigest()]
+    ends = sorted(inputs.policy.encoder.ends)
+    return [computed, asdict(config.sampling), asdict(config.onpolicy), lengths, ends, contexts.hexdigest()]

@@ -11,6 +11,18 @@ class UserError(Exception):
     """A mistake in the config or the input: what was found, where (key, file and line), what is allowed."""
 
 
+class Shown(str):
+    """A value of the user's, as a message shows it."""
+
+
+class RowError(UserError):
+    """A row that cannot be used: where it is, and why. `kind` is the why without the row's own values."""
+
+    def __init__(self, where: str, *parts: str):
+        super().__init__(f"{where}: {''.join(parts)}")
+        self.kind = "".join("…" if isinstance(part, Shown) else part for part in parts)
+
+
 class AcceleratorMemoryError(RuntimeError):
     """The accelerator's memory did not suffice: where, and which setting would do."""
 

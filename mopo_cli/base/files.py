@@ -108,9 +108,15 @@ def read_record(path: Path) -> dict[str, Any]:
     return values
 
 
+def _lines_of(path: Path) -> list[str]:
+    """The lines of a JSON Lines file: a record may hold other signs that end a line elsewhere."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
 def torn_line(path: Path) -> int | None:
     """The number of the first line of a JSON Lines file that holds no record; None where there is none."""
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for number, line in enumerate(_lines_of(path), 1):
         try:
             if not isinstance(json.loads(line), dict):
                 return number
@@ -122,7 +128,7 @@ def torn_line(path: Path) -> int | None:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a JSON Lines file; a last line that was cut off is left out, and what is no record."""
     records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+    for line in _lines_of(path) if path.is_file() else []:
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

@@ -33,6 +33,15 @@ def prompts_told(prompts: int, independent: int) -> str:
     return f"{prompts} test prompts" + (f", {independent} of them independent" if independent < prompts else "")
 
 
+def is_unicode(text: str) -> bool:
+    """Whether the string is text: half a surrogate pair, which JSON and a command line can hold, is none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def one_line(value: object) -> str:
     """A message (or an error's) without line ends and runs of blanks; nothing for None."""
     return "" if value is None else " ".join(str(value).split())

@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from unicodedata import category
 
 import numpy as np
 from omegaconf import DictConfig
 
-from mopo_cli.base.console import say, warn
+from mopo_cli.base.console import console, say, warn
 from mopo_cli.base.errors import UserError
+from mopo_cli.base.text import is_unicode
 from mopo_cli.base.types import Corpus, Example, Text
 from mopo_cli.config import compose
 from mopo_cli.config.schema import SampleConfig
@@ -41,7 +43,7 @@ def command(composed: DictConfig, prompt: str | None = None) -> int:
     examples = [example_of(settings, entrant, text) for text in prompts]
     limit = models.policy.encoder.max_length
     for example, text in zip(examples, prompts, strict=True):
-        size = len(models.policy.encoder.conditioned(condition).prompt_ids(example.prompt, example.responses[0]))
+        size = len(models.policy.encoder.conditioned(condition).prompt_ids(example.prompt, *example.responses))
         if size >= limit:
             raise UserError(
                 f"prompt {as_text(text)[:40]!r}: its {size} tokens fill the context of {limit} (model.max_length)"
@@ -73,6 +75,8 @@ def asked_prompts(settings: SampleConfig, prompt: str | None) -> list[Text]:
     text = sys.stdin.read().removesuffix("\n") if prompt == "-" else str(prompt)
     if not text.strip():
         raise UserError("prompt: is empty")
+    if not is_unicode(text):
+        raise UserError("prompt: is not UTF-8")
     return [text]
 
 
@@ -170,5 +174,7 @@ def judged(
 
 
 def printable(text: str) -> str:
-    """The text without control characters, which could write anything on a terminal."""
-    return "".join(c for c in text if c in "\n\t" or c.isprintable())
+    """For a terminal, the text without control characters, which could write anything on it; else as it is."""
+    if not console.is_terminal:
+        return text
+    return "".join(c for c in text if c in "\n\t" or category(c) != "Cc")

@@ -15,9 +15,19 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
-from mopo_cli.base.errors import UserError
+from mopo_cli.base.errors import RowError, Shown, UserError
 from mopo_cli.base.types import Corpus, Example, Message, Text
-from mopo_cli.data.readers import Rows, is_local, read_rows, split_names
+from mopo_cli.data.columns import UNREAD, Unread, count_reason
+from mopo_cli.data.readers import (
+    DROPPABLE,
+    Rows,
+    RowsOrErrors,
+    is_local,
+    read_rows,
+    read_rows_or_errors,
+    read_whole_rows,
+    split_names,
+)
 from mopo_cli.data.rows import (
     example_from_row,
     is_pair_row,
@@ -29,7 +39,7 @@ from mopo_cli.data.rows import (
 from mopo_cli.data.subsample import Reservoir, sampled
 
 Row = dict[str, Any]
-LocatedRow = tuple[str, Row]  # where, and what
+LocatedRow = tuple[str, Row | RowError]  # where, and what
 ULTRAFEEDBACK_ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
 HELPSTEER2_ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 QA_FEEDBACK_PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))  # of its six comparisons, in order
@@ -74,40 +84,44 @@ def pairs(
             "id) with your preference rows"
         )
     samples = None if max_rows is None else (Reservoir[LocatedRow](max_rows), Reservoir[LocatedRow](max_rows))
-    train, test = _train_and_test(path, "test", "validation", samples=samples)
+    read = read_rows_or_errors if invalid == "drop" else read_whole_rows
+    train, test = _train_and_test(path, "test", "validation", samples=samples, read=read)
     notes: Row = {}
     if not objectives and chosen_means is None:
         train = _declared(train)
     taken = sampled(_by_its_prompt(train), samples[0], notes, "sample") if samples else None
-    carried = tuple(objectives) if objectives else _carried_objectives(path, chosen_means, taken)
+    carried = tuple(objectives) if objectives else _carried_objectives(path, chosen_means, taken, read)
     names = tuple(name for name in carried if name != group)
     ties = _checked_margins(margins or {}, names)
     if chosen_means is not None and chosen_means not in names:
         allowed = ", ".join(names)
         raise UserError(f"dataset.chosen_means={chosen_means}: is not among dataset.objectives; allowed: {allowed}")
     if test_path is not None:
-        test = read_rows(test_path, sample=samples and samples[1])
+        test = read(test_path, sample=samples and samples[1])
     if samples is not None and test is not None:
         test = _drained(sampled(_by_its_prompt(test), samples[1], notes, "test_sample"))
 
     skipped: dict[str, int] = {}
+    unread = Unread(names, group)
 
-    def examples(rows: Rows) -> Iterator[Example]:
+    def examples(rows: RowsOrErrors) -> Iterator[Example]:
         for where, row in rows:
             try:
                 example = example_from_row(row, names, where, ties, chosen_means)
-                yield replace(example, group=_group_of(row, group, where)) if group else example
-            except UserError as error:
+                example = replace(example, group=_group_of(row, group, where)) if group else example
+            except RowError as error:
                 if invalid == "error":
-                    raise UserError(f"{error}. dataset.invalid=drop leaves such rows out") from None
-                reason = str(error).removeprefix(f"{where}: ")
-                skipped[reason] = skipped.get(reason, 0) + 1
+                    raise UserError(f"{error}. {DROPPABLE}") from None
+                count_reason(skipped, error.kind)
+                continue
+            unread.see(row)  # type: ignore[arg-type]  # an error would have been raised
+            yield example
 
     about = {"corpus": "pairs", "path": path, "test_path": test_path, "chosen_means": chosen_means, "margins": ties}
     about |= {"group": group} if group else {}
     train = train if taken is None else _drained(taken)
     tested = examples(test) if test is not None else None
-    return Corpus(names, examples(train), tested, {**about, **notes, "skipped": skipped})
+    return Corpus(names, examples(train), tested, {**about, **notes, "skipped": skipped, UNREAD: unread.names})
 
 
 def _group_of(row: Row, column: str, where: str) -> str:
@@ -115,11 +129,12 @@ def _group_of(row: Row, column: str, where: str) -> str:
     value = row.get(column)
     if value is None or isinstance(value, dict | list) or value == "":
         found = ", ".join(row)
-        raise UserError(f"{where}: dataset.group={column}: the row has no text or number there; it has {found}")
+        why = f"dataset.group={column}: the row has no text or number there; it has "
+        raise RowError(where, why, Shown(found))
     return str(value)
 
 
-def _declared(rows: Rows) -> Rows:
+def _declared(rows: RowsOrErrors) -> RowsOrErrors:
     """The rows; UserError where the first of them leaves open what `chosen` means, before the others are read."""
     for where, row in rows:
         if is_pair_row(row) and not objectives_of_row(row):
@@ -128,11 +143,11 @@ def _declared(rows: Rows) -> Rows:
         yield from rows
 
 
-def _by_its_prompt(rows: Rows) -> Iterator[tuple[str, LocatedRow]]:
+def _by_its_prompt(rows: RowsOrErrors) -> Iterator[tuple[str, LocatedRow]]:
     return ((prompt_of_row(row), (where, row)) for where, row in rows)
 
 
-def _drained(rows: list[LocatedRow]) -> Rows:
+def _drained(rows: list[LocatedRow]) -> RowsOrErrors:
     """The rows in order; each leaves the list, so that it need not stay beside what is made of it."""
     rows.reverse()
     while rows:
@@ -206,9 +221,10 @@ def hh_rlhf(path: str, parts: Mapping[str, Sequence[str]]) -> Corpus:
 def _hh_row(row: Row) -> Row:
     try:
         prompt, chosen, rejected = split_transcripts(row["chosen"], row["rejected"], row["where"])
-    except UserError:
+    except RowError as error:
         if isinstance(row["chosen"], str) and isinstance(row["rejected"], str):
-            raise _UnusableRowError("no shared prompt") from None
+            several = error.kind.startswith("chosen or rejected has several turns")
+            raise _UnusableRowError("several turns in an answer" if several else "no shared prompt") from None
         raise
     return {"prompt": prompt, "responses": [chosen, rejected], "labels": {row["objective"]: [[0, 1, 1.0]]}}
 
@@ -351,13 +367,14 @@ def _train_and_test(
     data_dir: str | None = None,
     revision: str | None = None,
     samples: tuple[Reservoir[Any], Reservoir[Any]] | None = None,
-) -> tuple[Rows, Rows | None]:
+    read: Callable[..., Any] = read_rows,
+) -> tuple[Any, Any]:
     """The rows of the train split, and of the first of `test_splits` that exists; a single file is all train."""
     splits = split_names(path, data_dir=data_dir, revision=revision)
     test = next((split for split in test_splits if split in splits), None)
     source = {"data_dir": data_dir, "revision": revision}
-    train = read_rows(path, "train", **source, sample=samples and samples[0])
-    return train, read_rows(path, test, **source, sample=samples and samples[1]) if test else None
+    train = read(path, "train", **source, sample=samples and samples[0])
+    return train, read(path, test, **source, sample=samples and samples[1]) if test else None
 
 
 def _published(
@@ -410,11 +427,13 @@ def _without_blanks(row: Row) -> Row:
     return {**row, "responses": [row["responses"][i] for i in kept], "scores": scores, "labels": labels}
 
 
-def _carried_objectives(path: str, chosen_means: str | None, rows: Iterable[LocatedRow] | None) -> tuple[str, ...]:
+def _carried_objectives(
+    path: str, chosen_means: str | None, rows: Iterable[LocatedRow] | None, read: Callable[..., Any]
+) -> tuple[str, ...]:
     """Every objective that some training row carries labels for, in order of appearance; None reads the path anew."""
     names: dict[str, None] = {} if chosen_means is None else {chosen_means: None}
     where = path
-    for where, row in rows if rows is not None else _train_and_test(path)[0]:
+    for where, row in rows if rows is not None else _train_and_test(path, read=read)[0]:
         found = objectives_of_row(row)
         if not found and not names and is_pair_row(row):
             raise undeclared_chosen(where)

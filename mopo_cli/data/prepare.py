@@ -19,10 +19,12 @@ from mopo_cli.base.secrets import holds_masked
 from mopo_cli.base.types import Corpus, Example, Message, Objective, PreferenceData, Scorer, Text, primary_first
 from mopo_cli.config.compose import build
 from mopo_cli.config.schema import ObjectiveConfig, check_primary
+from mopo_cli.data.columns import UNREAD
 from mopo_cli.data.rows import preference, text_key
 from mopo_cli.data.subsample import Reservoir, sampled
 
 COMMON_KEYS = ("heldout_fraction", "test_fraction", "max_rows", "overlong", "labels")
+SEEN = "test_prompts_in_training"  # in the provenance, where there are any
 Split = tuple[list[Example], list[Example], list[Example]]  # training, held out, test
 
 
@@ -47,8 +49,17 @@ def load(dataset: dict[str, Any], objectives: dict[str, ObjectiveConfig]) -> Pre
         unlabelled += more
     _check_sizes({"training": train, "held-out": heldout_rows, "test": tested}, len(examples))
     _check_labels(train, chosen, "the training rows")
-    provenance = {"labels": dataset.get("labels"), **corpus.provenance, **_own_labels(chosen, unlabelled)}
+    found = {key: value for key, value in corpus.provenance.items() if key != UNREAD or value}
+    shared = _shared_prompts(tested, (*train, *heldout_rows)) if corpus.test is not None else {}
+    provenance = {"labels": dataset.get("labels"), **found, **_own_labels(chosen, unlabelled), **shared}
     return PreferenceData(chosen, train, heldout_rows, tested, provenance, corpus.world)
+
+
+def _shared_prompts(tested: Sequence[Example], trained: Sequence[Example]) -> dict[str, object]:
+    """How many prompts of a test set of its own the training or held-out rows have as well; {} where none."""
+    prompts = {prompt_key(example) for example in tested}
+    seen = prompts & {prompt_key(example) for example in trained}
+    return {SEEN: f"{len(seen)} of {len(prompts)}"} if seen else {}
 
 
 def _corpus(dataset: dict[str, Any]) -> Corpus:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mopo_cli.base.console import count_rows
-from mopo_cli.base.errors import UserError
-from mopo_cli.base.text import first_line
+from mopo_cli.base.errors import RowError, Shown, UserError
+from mopo_cli.base.text import first_line, is_unicode
 from mopo_cli.data.subsample import Reservoir
 
 if TYPE_CHECKING:
@@ -26,10 +26,14 @@ if TYPE_CHECKING:
 
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
+RowsOrErrors = Iterator[tuple[str, dict[str, Any] | RowError]]
+DROPPABLE = "dataset.invalid=drop leaves such rows out"
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 PARQUET_ROWS = 1024  # read at once
 BUFFER = 1 << 20  # bytes of a Parquet column that are read at once
 COUNTED = 1024  # rows between two words on how many have been read
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # half a surrogate pair, escaped
+_PAIR = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]", re.DOTALL)
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -50,12 +54,36 @@ def read_rows(
 
     Raises UserError at once where the source cannot be opened, and during iteration where a row cannot be read.
     """
+    return _raised(read_rows_or_errors(path, split, name, data_dir, revision, sample))
+
+
+def read_rows_or_errors(
+    path: str,
+    split: str | None = None,
+    name: str | None = None,
+    data_dir: str | None = None,
+    revision: str | None = None,
+    sample: Reservoir[Any] | None = None,
+) -> RowsOrErrors:
+    """read_rows that goes on after a line that is no row, which comes as the error that says why."""
     if not is_local(path):
         return _data_set_rows(path, split, name, data_dir, revision, sample)
     target = _local_target(path, data_dir)
     if target.is_dir():
         return _data_set_rows(path, split, name, data_dir, None, sample)
     return _file_rows(target, sample)
+
+
+def read_whole_rows(*source: Any, **more: Any) -> Rows:
+    """read_rows, whose errors tell how to go on without the row."""
+    return _raised(read_rows_or_errors(*source, **more), f". {DROPPABLE}")
+
+
+def _raised(rows: RowsOrErrors, advice: str = "") -> Rows:
+    for where, row in rows:
+        if isinstance(row, RowError):
+            raise UserError(f"{row}{advice}")
+        yield where, row
 
 
 def split_names(
@@ -85,7 +113,7 @@ def _local_target(path: str, data_dir: str | None) -> Path:
 
 
 # Files
-def _file_rows(path: Path, sample: Reservoir[Any] | None = None) -> Rows:
+def _file_rows(path: Path, sample: Reservoir[Any] | None = None) -> RowsOrErrors:
     if path.name.endswith(".parquet"):
         return _parquet_rows(path, sample)
     if path.name.endswith((".json", ".json.gz")) and _starts_a_list(path):
@@ -115,35 +143,56 @@ def _starts_a_list(path: Path) -> bool:
     return first.startswith(b"[")
 
 
-def _json_lines_rows(path: Path) -> Rows:
+def _json_lines_rows(path: Path) -> RowsOrErrors:
     for number, line in _lines(path):
         if line.strip():
             where = f"{path}:{number}"
-            yield where, _object(_parse(line.rstrip(), path, number), where)
+            try:
+                yield where, _object(_parse(line.rstrip(), path, number), where, _may_hold_halves(line))
+            except RowError as error:
+                yield where, error
 
 
-def _json_list_rows(path: Path) -> Rows:
-    rows = _parse(b"".join(line for _, line in _lines(path)), path, 1)
-    for index, row in enumerate(rows):
+def _json_list_rows(path: Path) -> RowsOrErrors:
+    text = b"".join(line for _, line in _lines(path))
+    doubtful = _may_hold_halves(text)
+    for index, row in enumerate(_parse(text, path, 1)):
         where = f"{path}[{index}]"
-        yield where, _object(row, where)
+        try:
+            yield where, _object(row, where, doubtful)
+        except RowError as error:
+            yield where, error
 
 
 def _parse(text: bytes, path: Path, line: int) -> Any:
+    where = f"{path}:{line}"
     try:
         return json.loads(text.decode("utf-8-sig"))  # -sig: some editors start a file with a byte order mark
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}:{line + error.lineno - 1}: not JSON at column {error.colno} ({error.msg}); "
-            "expected one JSON object a line, or in a .json file one list of objects"
-        ) from error
+        found = Shown(f" at column {error.colno} ({error.msg})")
+        expected = "; expected one JSON object a line, or in a .json file one list of objects"
+        raise RowError(f"{path}:{line + error.lineno - 1}", "not JSON", found, expected) from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}:{line}: not UTF-8 at byte {error.start + 1} ({error.reason})") from error
+        raise RowError(where, "not UTF-8 at byte ", Shown(f"{error.start + 1} ({error.reason})")) from error
+    except (RecursionError, ValueError) as error:  # brackets in brackets, or a number of thousands of digits
+        raise RowError(where, "no JSON that can be read (", Shown(first_line(error)), ")") from error
 
 
-def _object(row: Any, where: str) -> dict[str, Any]:
+def _may_hold_halves(text: bytes) -> bool:
+    """Whether some string of this JSON may hold half a surrogate pair, which is no text."""
+    if not _HALF.search(text):
+        return False
+    return b"\\\\" in text or len(_HALF.findall(text)) != 2 * len(_PAIR.findall(text))
+
+
+def _object(row: Any, where: str, doubtful: bool) -> dict[str, Any]:
+    """The row as an object; all its strings are text, which is looked after where it is `doubtful`."""
     if not isinstance(row, dict):
-        raise UserError(f"{where}: expected a JSON object, found {json.dumps(row)[:60]}")
+        raise RowError(where, "expected a JSON object, found ", Shown(json.dumps(row)[:60]))
+    if doubtful and not is_unicode(json.dumps(row, ensure_ascii=False)):
+        bad = [key for key in row if not is_unicode(json.dumps([key, row[key]], ensure_ascii=False))]
+        why = " holds half a surrogate pair (an escape \\ud800 to \\udfff without its other half), which is no text"
+        raise RowError(where, Shown(ascii(bad[0])), why)
     return row
 
 
@@ -191,7 +240,7 @@ def _is_text(kind: DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
-def _counted(rows: Rows) -> Rows:
+def _counted(rows: RowsOrErrors) -> RowsOrErrors:
     """The same rows, with word to whoever waits for them."""
     for number, row in enumerate(rows, start=1):
         yield row
@@ -207,7 +256,7 @@ def _data_set_rows(
     data_dir: str | None,
     revision: str | None,
     sample: Reservoir[Any] | None,
-) -> Rows:
+) -> RowsOrErrors:
     builder = _open_builder(path, name, data_dir, revision)
     files = {str(found): [str(file) for file in listed] for found, listed in (builder.config.data_files or {}).items()}
     if split is None and len(files) == 1:

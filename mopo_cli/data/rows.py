@@ -10,23 +10,26 @@ from __future__ import annotations
 
 import json
 import math
-import reprlib
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from os.path import commonprefix
 from typing import Any
 
-from mopo_cli.base.errors import UserError
+from mopo_cli.base.errors import RowError, Shown, UserError
 from mopo_cli.base.types import Example, Message, Text
+from mopo_cli.data import columns
+from mopo_cli.data.columns import LAST_TURN, show
 
 Labels = dict[tuple[int, int], float]  # (a, b) with a < b -> I of response a over response b
 ROLES = ("system", "user", "assistant")
-LAST_TURN = "\n\nAssistant:"  # where the answer starts in a Human / Assistant transcript
+HUGE = 2**63  # JSON has whole numbers that no float can hold
+NEXT_TURN = "\n\nHuman:"
 FORMATS = "a row has prompt, responses and scores and/or labels; or chosen and rejected, with or without prompt"
 
 # Columns of published pair files that are numbers, and are no objective.
 _NOT_OBJECTIVES = {
     *("prompt", "chosen", "rejected", "responses", "scores", "labels", "context", "messages", "id", "index", "margin"),
+    *("weight", "sample_weight"),
     *("score_chosen", "score_rejected", "chosen_score", "rejected_score", "chosen_rating", "rejected_rating"),
 }
 
@@ -46,11 +49,15 @@ def example_from_row(
     Raises UserError, starting with `where`, where the row breaks the contract.
     """
     if not isinstance(row, dict):
-        raise UserError(f"{where}: expected a JSON object, found {_show(row)}; {FORMATS}")
-    responses: tuple[Text, ...]
+        if isinstance(row, RowError):  # the reader could make nothing of it
+            raise row
+        raise RowError(where, "expected a JSON object, found ", show(row), f"; {FORMATS}")
+    if columns.say_more(row):
+        columns.check_columns(row, where)
+    responses: tuple[str, ...]
     if is_pair_row(row):
-        prompt, *answers = _pair_texts(row, where)
-        responses = tuple(answers)
+        prompt, chosen, rejected = _pair_texts(row, where)
+        responses = (chosen, rejected)
         judged = _pair_labels(row, objectives, where, chosen_means)
     else:
         prompt, responses = _list_texts(row, where)
@@ -60,15 +67,20 @@ def example_from_row(
     return Example(prompt, responses, pairs, labels, context=_context(row, where), source=where)
 
 
-def is_pair_row(row: Mapping[str, Any]) -> bool:
+def is_pair_row(row: Any) -> bool:
     """Whether a row is in the chosen / rejected format."""
-    return row.get("responses") is None and (row.get("chosen") is not None or row.get("rejected") is not None)
+    return (
+        isinstance(row, dict)
+        and row.get("responses") is None
+        and (row.get("chosen") is not None or row.get("rejected") is not None)
+    )
 
 
 def prompt_of_row(row: Any) -> str:
     """The prompt, as text_key has it, of the Example that a row makes; some text for a row that breaks the contract.
 
-    A prompt that is a string is taken as it is, unless the answers are conversations, which may hold another one.
+    A prompt that is a string is taken as it is, without a system message of the row's, unless the answers are
+    conversations, which may hold another one.
     """
     if not isinstance(row, dict):
         return repr(row)
@@ -77,8 +89,8 @@ def prompt_of_row(row: Any) -> str:
     try:
         if is_pair_row(row):
             return text_key(_pair_texts(row, "")[0])
-        return text_key(_text(row["prompt"], "", "prompt"))
-    except (UserError, KeyError):
+        return text_key(_list_prompt(row, ""))
+    except UserError:
         return repr(row)
 
 
@@ -100,11 +112,12 @@ def objectives_of_row(row: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for table in tables for name, value in table.items() if value is not None))
 
 
-def undeclared_chosen(where: str) -> UserError:
+def undeclared_chosen(where: str) -> RowError:
     """The error for a pair row that says neither in a column nor through the config what `chosen` means."""
-    return UserError(
-        f"{where}: nothing says under which objective `chosen` is better than `rejected`: there is no column named by "
-        "an objective. Set dataset.chosen_means=<objective>, or add a column per objective with I (0 to 1) or null"
+    return RowError(
+        where,
+        "nothing says under which objective `chosen` is better than `rejected`: there is no column named by "
+        "an objective. Set dataset.chosen_means=<objective>, or add a column per objective with I (0 to 1) or null",
     )
 
 
@@ -115,31 +128,71 @@ def _label(of: Labels, pair: tuple[int, int], responses: Sequence[Text]) -> floa
 
 
 # Texts
-def _list_texts(row: dict[str, Any], where: str) -> tuple[Text, tuple[Text, ...]]:
-    _require(row, ("prompt", "responses"), where)
+def _list_texts(row: dict[str, Any], where: str) -> tuple[Text, tuple[str, ...]]:
+    prompt = _list_prompt(row, where)
+    _require(row, ("responses",), where)
     responses = row["responses"]
     if not isinstance(responses, list) or len(responses) < 2:
-        raise UserError(f"{where}: responses must be a list of two or more, found {_show(responses)}")
-    prompt = _text(row["prompt"], where, "prompt")
+        raise RowError(where, "responses must be a list of two or more, found ", show(responses))
     return prompt, tuple(_response(response, where, f"responses[{i}]") for i, response in enumerate(responses))
 
 
-def _pair_texts(row: dict[str, Any], where: str) -> tuple[Text, Text, Text]:
+def _list_prompt(row: dict[str, Any], where: str) -> Text:
+    prompt = row.get("prompt")
+    if prompt is None and (names := columns.asked_columns(row, where)):
+        prompt = columns.asked(row, names, where)
+    if prompt is None:
+        raise _missing_key("prompt is", row, where)
+    return _prompt(prompt, row, where)
+
+
+def _prompt(prompt: Any, row: dict[str, Any], where: str) -> Text:
+    text = _text(prompt, where, "prompt")
+    return columns.with_system(text, row, where) if columns.say_more(row) else text
+
+
+def _pair_texts(row: dict[str, Any], where: str) -> tuple[Text, str, str]:
     """(prompt, chosen, rejected) of any of TRL's formats."""
     _require(row, ("chosen", "rejected"), where)
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     if type(chosen) is not type(rejected):
-        raise UserError(f"{where}: chosen and rejected must both be strings, or both be lists of messages")
-    if isinstance(chosen, list):
-        if _holds_prompt(prompt, chosen) and _holds_prompt(prompt, rejected):
-            prompt, chosen, rejected = _split_messages(chosen, rejected, where)
-    elif prompt is None:
-        prompt, chosen, rejected = split_transcripts(chosen, rejected, where)
+        raise RowError(where, "chosen and rejected must both be strings, or both be lists of messages")
+    if prompt is None:
+        prompt, chosen, rejected = _implicit(row, where)
+    elif isinstance(chosen, list) and _holds_prompt(prompt, chosen) and _holds_prompt(prompt, rejected):
+        prompt, chosen, rejected = _split_messages(chosen, rejected, where)
     return (
-        _text(prompt, where, "prompt"),
+        _prompt(prompt, row, where),
         _response(chosen, where, "chosen"),
         _response(rejected, where, "rejected"),
     )
+
+
+def _implicit(row: dict[str, Any], where: str) -> tuple[Any, Any, Any]:
+    """(prompt, chosen, rejected) of a row without a `prompt`.
+
+    In whole conversations and transcripts it is what both start with; else it stands in another column. It is guessed
+    from what two texts have in common only where no column could hold it.
+    """
+    chosen, rejected = row["chosen"], row["rejected"]
+    if isinstance(chosen, list) and _holds_prompt(None, chosen) and _holds_prompt(None, rejected):
+        return _split_messages(chosen, rejected, where)
+    if isinstance(chosen, str) and LAST_TURN in commonprefix([chosen, rejected]):  # noqa: RUF071
+        return split_transcripts(chosen, rejected, where)
+    if names := columns.asked_columns(row, where):
+        prompt = columns.asked(row, names, where)
+        if all(isinstance(text, str) for text in (prompt, chosen)) and chosen.startswith(prompt):
+            size = len(prompt) if rejected.startswith(prompt) else 0
+            return prompt, chosen[size:], rejected[size:]
+        return prompt, chosen, rejected
+    if isinstance(chosen, list):
+        raise _no_shared_prompt(where)
+    if isinstance(chosen, str) and (others := columns.could_hold_prompt(row)):
+        raise RowError(
+            where,
+            f"there is no prompt, and {' or '.join(others)} could hold it: name that column prompt, or take it out",
+        )
+    return split_transcripts(chosen, rejected, where)
 
 
 def _holds_prompt(prompt: Any, conversation: list[Any]) -> bool:
@@ -147,7 +200,7 @@ def _holds_prompt(prompt: Any, conversation: list[Any]) -> bool:
     if isinstance(prompt, list):
         return bool(prompt) and conversation[: len(prompt)] == prompt
     first = conversation[0] if conversation else None
-    return prompt is None or (isinstance(first, dict) and first.get("role") in ("system", "user"))
+    return isinstance(first, dict) and first.get("role") in ("system", "user")
 
 
 def _split_messages(chosen: list[Any], rejected: list[Any], where: str) -> tuple[list[Any], list[Any], list[Any]]:
@@ -156,7 +209,13 @@ def _split_messages(chosen: list[Any], rejected: list[Any], where: str) -> tuple
         shared += 1
     if shared == 0:
         raise _no_shared_prompt(where)
+    if _role(chosen[shared - 1]) == _role(chosen[shared]) == "assistant":
+        raise RowError(where, "two messages of the assistant follow each other; join them, or put the user's between")
     return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _role(message: Any) -> Any:
+    return message.get("role") if isinstance(message, dict) else None
 
 
 def split_transcripts(chosen: Any, rejected: Any, where: str) -> tuple[str, str, str]:
@@ -164,16 +223,18 @@ def split_transcripts(chosen: Any, rejected: Any, where: str) -> tuple[str, str,
 
     The prompt ends with the last "\\n\\nAssistant:" that both share. Without one, it is the longest common prefix cut
     back to white space, which goes to the answers, so that prompt + answer is the text again.
-    Raises UserError where the two share no prompt.
+    Raises UserError where the two share no prompt, and where an answer goes on with a turn of the user.
     """
     if not isinstance(chosen, str) or not isinstance(rejected, str):
-        raise UserError(f"{where}: chosen and rejected must be strings or lists of messages, found {_show(chosen)}")
+        raise RowError(where, "chosen and rejected must be strings or lists of messages, found ", show(chosen))
     shared = commonprefix([chosen, rejected])  # noqa: RUF071 - character by character is what is wanted
     turn = shared.rfind(LAST_TURN)
     if turn >= 0:
         end = turn + len(LAST_TURN)
+        if NEXT_TURN in chosen[end:] or NEXT_TURN in rejected[end:]:
+            raise _several_turns("chosen or rejected", where)
     elif chosen == rejected:
-        raise UserError(f"{where}: chosen and rejected are the same text, so the end of the prompt cannot be told")
+        raise RowError(where, "chosen and rejected are the same text, so the end of the prompt cannot be told")
     else:
         end = len(_up_to_whitespace(shared))
     if not shared[:end].strip():
@@ -189,45 +250,58 @@ def _up_to_whitespace(text: str) -> str:
     return words[0] if len(words) == 2 else ""
 
 
-def _no_shared_prompt(where: str) -> UserError:
-    return UserError(
-        f"{where}: there is no prompt, and chosen and rejected do not start alike; give a prompt key, or let both hold "
-        "the whole conversation"
+def _no_shared_prompt(where: str) -> RowError:
+    return RowError(
+        where,
+        "there is no prompt, and chosen and rejected do not start alike; give a prompt key, or let both hold the whole "
+        "conversation",
     )
 
 
-def _response(value: Any, where: str, field: str) -> Text:
+def _several_turns(field: str, where: str) -> RowError:
+    return RowError(
+        where,
+        f"{field} has several turns after the prompt: what the user says between them is no answer of a model's, so it "
+        "can be neither trained on nor compared. End both where they first differ, at the assistant's first answer, or "
+        "make a row of each turn with all that was said before it as the prompt",
+    )
+
+
+def _response(value: Any, where: str, field: str) -> str:
     """A response; a single assistant message is reduced to its content."""
     text = _text(value, where, field)
     if isinstance(text, str):
         return text
     if text[-1]["role"] != "assistant":
-        raise UserError(f"{where}: {field} must end with an assistant message, found role {text[-1]['role']!r}")
-    return text[0]["content"] if len(text) == 1 else text
+        raise RowError(where, f"{field} must end with an assistant message, found role ", show(text[-1]["role"]))
+    if len(text) > 1:
+        raise _several_turns(field, where)
+    return text[0]["content"]
 
 
 def _text(value: Any, where: str, field: str) -> Text:
     if not isinstance(value, str | list):
-        raise UserError(f"{where}: {field} must be a string or a list of messages, found {_show(value)}")
+        raise RowError(where, f"{field} must be a string or a list of messages, found ", show(value))
     text = value if isinstance(value, str) else [_message(message, where, field) for message in value]
     contents = [text] if isinstance(text, str) else [message["content"] for message in text]
     if not any(content.strip() for content in contents):
-        raise UserError(f"{where}: {field} is empty")
+        raise RowError(where, f"{field} is empty")
     return text
 
 
 def _message(message: Any, where: str, field: str) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-        raise UserError(f"{where}: a message of {field} needs role and content as strings, found {_show(message)}")
+        raise RowError(where, f"a message of {field} needs role and content as strings, found ", show(message))
     if message.get("role") not in ROLES:
-        raise UserError(f"{where}: {field} has the role {message.get('role')!r}; allowed: {', '.join(ROLES)}")
+        raise RowError(where, f"{field} has the role ", show(message.get("role")), f"; allowed: {', '.join(ROLES)}")
+    columns.check_message(message, where, field)
     return {"role": message["role"], "content": message["content"]}
 
 
 def _context(row: dict[str, Any], where: str) -> str:
     context = row.get("context")
     if context is not None and not isinstance(context, str):
-        raise UserError(f"{where}: context must be a string or null, found {_show(context)}")
+        raise RowError(where, "context must be a string or null, found ", show(context))
     return context or ""
 
 
@@ -258,10 +332,10 @@ def _from_scores(scores: Any, count: int, margin: float, where: str, field: str)
     if scores is None:
         return {}
     if not isinstance(scores, list) or len(scores) != count:
-        raise UserError(f"{where}: {field} must be a list of {count}, one score a response, found {_show(scores)}")
+        raise RowError(where, f"{field} must be a list of {count}, one score a response, found ", show(scores))
     for score in scores:
         if score is not None and not (_is_number(score) and math.isfinite(score)):
-            raise UserError(f"{where}: {field} holds {_show(score)}; a score is a finite number, or null where missing")
+            raise RowError(where, f"{field} holds ", show(score), "; a score is a finite number, or null where missing")
     judged = [i for i, score in enumerate(scores) if score is not None]
     return {(a, b): preference(scores[a], scores[b], margin) for a, b in combinations(judged, 2)}
 
@@ -279,14 +353,14 @@ def _from_labels(entries: Any, count: int, where: str, field: str) -> Labels:
     if entries is None:
         return {}
     if not isinstance(entries, list):
-        raise UserError(f"{where}: {field} must be a list of [a, b, I], found {_show(entries)}")
+        raise RowError(where, f"{field} must be a list of [a, b, I], found ", show(entries))
     votes: dict[tuple[int, int], list[float]] = {}
     for entry in entries:
         if not isinstance(entry, list) or len(entry) != 3:
-            raise UserError(f"{where}: {field} must be a list of [a, b, I], found {_show(entry)} in it")
+            raise RowError(where, f"{field} must be a list of [a, b, I], found ", show(entry), " in it")
         a, b = (_index(value, count, where, field) for value in entry[:2])
         if a == b:
-            raise UserError(f"{where}: {field} compares response {a} with itself in {_show(entry)}")
+            raise RowError(where, f"{field} compares response {a} with itself in ", show(entry))
         if entry[2] is not None:
             value = _probability(entry[2], where, field)
             votes.setdefault((min(a, b), max(a, b)), []).append(value if a < b else 1.0 - value)
@@ -296,13 +370,13 @@ def _from_labels(entries: Any, count: int, where: str, field: str) -> Labels:
 def _index(value: Any, count: int, where: str, field: str) -> int:
     # Parquet stores [a, b, I] as three floats, so 1.0 is the index 1.
     if not _is_number(value) or value != value // 1 or not 0 <= value < count:
-        raise UserError(f"{where}: {field} has the index {_show(value)}; allowed: 0 to {count - 1}, one a response")
+        raise RowError(where, f"{field} has the index ", show(value), f"; allowed: 0 to {count - 1}, one a response")
     return int(value)
 
 
 def _probability(value: Any, where: str, field: str) -> float:
     if not _is_probability(value):
-        raise UserError(f"{where}: {field} holds {_show(value)}; I is a number from 0 to 1, or null where missing")
+        raise RowError(where, f"{field} holds ", show(value), "; I is a number from 0 to 1, or null where missing")
     return float(value)
 
 
@@ -312,13 +386,15 @@ def _is_probability(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     # true is no number here: "safe": true could mean that chosen is safe, or that it is the safer one.
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < HUGE
+    return isinstance(value, float)
 
 
 def _table(row: dict[str, Any], key: str, where: str) -> dict[str, Any]:
     table = row.get(key)
     if table is not None and not isinstance(table, dict):
-        raise UserError(f"{where}: {key} must map each objective to a list, found {_show(table)}")
+        raise RowError(where, f"{key} must map each objective to a list, found ", show(table))
     return table or {}
 
 
@@ -328,13 +404,9 @@ def _require(row: dict[str, Any], keys: Sequence[str], where: str) -> None:
             raise _missing_key(f"{key} is", row, where)
 
 
-def _missing_key(what: str, row: dict[str, Any], where: str) -> UserError:
+def _missing_key(what: str, row: dict[str, Any], where: str) -> RowError:
     found = ", ".join(str(key) for key in row) or "none"
-    return UserError(f"{where}: {what} missing; found the keys: {found}; {FORMATS}")
-
-
-def _show(value: Any) -> str:
-    return "null" if value is None else reprlib.repr(value)
+    return RowError(where, f"{what} missing; found the keys: ", Shown(found), f"; {FORMATS}")
 
 
 def prompt_in(row: Mapping[str, Any], where: str) -> Text:

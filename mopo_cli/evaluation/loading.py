@@ -73,6 +73,7 @@ def fitted_encoder(entrant: Entrant, plain: ModelConfig, data: PreferenceData) -
 def load_policy(config: ModelConfig, encoder: Encoder, seed: int) -> Policy:
     """The model of a config, on the accelerator where there is one, to be asked by an encoder."""
     policy = Policy.load(config, encoder.tokenizer, seed)
+    encoder.end_at(policy.encoder.ends)
     policy.encoder = encoder
     if torch.cuda.is_available() and not config.lora.quantise:
         policy.model.to("cuda")

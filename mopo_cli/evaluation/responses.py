@@ -65,7 +65,8 @@ def data_responses(examples: Sequence[Example], encoder: Encoder | None = None) 
     tokens = None
     if encoder is not None:
         tokens = [
-            TokenRow(encoded_prompt(encoder, e), [encoder.response_ids(r) for r in e.responses]) for e in examples
+            TokenRow(encoded_prompt(encoder, e), [encoder.response_ids(r, e.prompt) for r in e.responses])
+            for e in examples
         ]
     return JudgedResponses(texts, tokens, encoder)
 
@@ -132,9 +133,9 @@ def mean_log_ratio(now: Sequence[Tensor], before: Sequence[Tensor]) -> float:
 
 
 def cut_off(responses: JudgedResponses) -> float:
-    """The share of samples that do not end with the end-of-sequence token."""
+    """The share of samples that do not end with an end of turn."""
     assert responses.tokens is not None
     assert responses.encoder is not None
-    end = responses.encoder.tokenizer.eos_token_id
-    ended = [ids[-1] == end for row in responses.tokens for ids in row.responses]
+    ends = responses.encoder.ends
+    ended = [ids[-1] in ends for row in responses.tokens for ids in row.responses]
     return 1.0 - sum(ended) / len(ended)

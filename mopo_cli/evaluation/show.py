@@ -19,6 +19,7 @@ from mopo_cli.maths.significance import LEVEL, WORSE, Comparison
 from mopo_cli.runs.constraints import OWN_MARK, OWN_NOTE, asked_of, out_of_reach
 from mopo_cli.runs.directory import RunDirectory
 
+MOSTLY = 0.5  # share of samples that did not end, above which they are no responses
 SHOWN = 12  # pairs of runs whose comparison is printed; evaluation.json has all of them
 
 
@@ -136,8 +137,21 @@ def _show_one(evaluation: Evaluation) -> None:
         text += f" (reference: {before.words:.1f} words, {before.distinct_1:.3f}, {before.distinct_2:.3f})"
     say(text)
     _say_kl(evaluation)
-    if evaluation.cut_off:
+    if told := unended(evaluation.cut_off):
+        warn(told)
+    elif evaluation.cut_off:
         say(f"{evaluation.cut_off:.1%} of the samples had not ended at sampling.max_new_tokens")
+
+
+def unended(share: float | None) -> str | None:
+    """What it means that most samples did not end; None where they did."""
+    if share is None or share <= MOSTLY:
+        return None
+    return (
+        f"{share:.0%} of the samples were cut off before they ended: what was measured are beginnings of responses. "
+        "Give them more room (sampling.max_new_tokens, model.max_length), or see that the model's end of turn is known "
+        "(generation_config.json, the chat template)"
+    )
 
 
 def _say_kl(evaluation: Evaluation, optimum: str = "") -> None:

@@ -117,7 +117,13 @@ class PreferenceFeatures:
         """Texts of another tokenizer in this one's tokens, cut where they would not fit; they keep their end token."""
         prompt = encoded_prompt(self.encoder, example)
         room = max(1, self.encoder.max_length - len(prompt))
-        return TokenRow(prompt, [[*ids[: room - 1], ids[-1]] for ids in map(self.encoder.response_ids, texts)])
+        return TokenRow(
+            prompt,
+            [
+                [*ids[: room - 1], ids[-1]]
+                for ids in (self.encoder.response_ids(text, example.prompt) for text in texts)
+            ],
+        )
 
 
 @dataclass
@@ -141,7 +147,7 @@ class PreferenceJudge:
 
 def encoded_prompt(encoder: Encoder, example: Example) -> list[int]:
     """The prompt's tokens as in training: a plain one is ended by a newline where the data's responses need it."""
-    return encoder.prompt_ids(example.prompt, example.responses[0] if example.responses else "x")
+    return encoder.prompt_ids(example.prompt, *(example.responses or ("x",)))
 
 
 def own_judge(objective: Objective, world: object | None, features: PreferenceFeatures | None) -> Judge:

@@ -28,6 +28,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.text import two_lines
 from mopo_cli.config.schema import LoraConfig, ModelConfig
+from mopo_cli.data.templates import special_ids, turns_of
 from mopo_cli.models.hub import (
     OLDER_KEYS,
     base_of_adapter,
@@ -63,9 +64,10 @@ def load_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: i
     model = _random_model(config, built, seed) if random else _pretrained_model(config, built)
     model.config.use_cache = False
     # A fresh one: a checkpoint's own (temperature, repetition penalty) would sample from something else than pi.
+    ends = _ends(tokenizer, *(() if random else (model.generation_config, model.config, built.get_text_config())))
     model.generation_config = GenerationConfig(
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends if len(ends) > 1 else ends[0],
         bos_token_id=tokenizer.bos_token_id,
     )
     if config.gradient_checkpointing:
@@ -81,6 +83,23 @@ def load_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: i
     if config.compile:
         _compile(model)
     return model
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase, *told: GenerationConfig | PreTrainedConfig | None) -> list[int]:
+    """The tokens at which a response ends: the tokenizer's, the one its template puts behind an answer, and those that
+    a pretrained model's own settings name, where the tokenizer has them as special tokens."""
+    found = [int(tokenizer.eos_token_id), turns_of(tokenizer).end]  # type: ignore[arg-type]
+    special = special_ids(tokenizer)
+    for settings in told:
+        ends = getattr(settings, "eos_token_id", None)
+        found += [end for end in (ends if isinstance(ends, list | tuple) else [ends]) if end in special]
+    return list(dict.fromkeys(found))
+
+
+def ends_of(model: nn.Module) -> list[int]:
+    """The tokens at which the responses of a loaded policy end."""
+    ends = unwrap(model).generation_config.eos_token_id  # type: ignore[union-attr]
+    return list(ends) if isinstance(ends, list | tuple) else [int(ends)]  # type: ignore[arg-type]
 
 
 def _compile(model: nn.Module) -> None:

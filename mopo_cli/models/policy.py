@@ -28,7 +28,7 @@ from mopo_cli.data.table import TokenRow, TokenTable
 from mopo_cli.models import sampling
 from mopo_cli.models.attention import attend_by_rows
 from mopo_cli.models.hub import check_adapter, check_weights
-from mopo_cli.models.load import load_policy
+from mopo_cli.models.load import ends_of, load_policy
 from mopo_cli.models.logprobs import all_logps, collator_of
 from mopo_cli.models.parts import ADAPTER, inner, lora_of, not_finite
 
@@ -54,7 +54,7 @@ class Policy:
     ) -> Policy:
         """The model that a config names, its random parts drawn from `seed`; UserError where it cannot be had."""
         model = load_policy(config, tokenizer, seed)
-        encoder = Encoder(tokenizer, config.max_length, config.chat_template)
+        encoder = Encoder(tokenizer, config.max_length, config.chat_template, ends=ends_of(model))
         return cls(model, encoder, replace(collator_of(model, encoder), budget=token_budget))
 
     @property

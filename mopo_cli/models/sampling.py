@@ -21,7 +21,7 @@ from mopo_cli.models.parts import computing, unwrap
 
 
 class Drawn(NamedTuple):
-    """One sampled response. `ids` ends with the end-of-sequence token, unless it was cut off at the longest length.
+    """One sampled response. `ids` ends with an end of turn (Encoder.ends), unless it was cut off at the longest length.
 
     Log-probs are those of `ids`: the text, encoded anew, may be other tokens, which the policy would hardly have taken.
     """
@@ -80,7 +80,7 @@ def sample(
 def _generate(
     causal, encoder: Encoder, ids, responses: int, config: SamplingConfig, device: torch.device
 ) -> list[Drawn]:
-    tokenizer = encoder.tokenizer
+    tokenizer, ends = encoder.tokenizer, sorted(encoder.ends)
     longest = max(map(len, ids))
     new_tokens = max(1, min(config.max_new_tokens or encoder.longest_response, encoder.max_length - longest))
     ids = [row for row in ids for _ in range(responses)]
@@ -95,12 +95,13 @@ def _generate(
             max_new_tokens=new_tokens,
             use_cache=True,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=ends if len(ends) > 1 else ends[0],
         )
-        end = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
-    rows = [_until_end(row, end) for row in output[:, longest:].tolist()]
-    return [Drawn(*one) for one in zip(tokenizer.batch_decode(rows, skip_special_tokens=True), rows, strict=True)]
+    rows = [_until_end(row, encoder.ends) for row in output[:, longest:].tolist()]
+    words = [row[:-1] if row[-1] in encoder.ends else row for row in rows]  # an end may be no special token
+    return [Drawn(*one) for one in zip(tokenizer.batch_decode(words, skip_special_tokens=True), rows, strict=True)]
 
 
-def _until_end(ids: list[int], end: int) -> list[int]:
-    return ids[: ids.index(end) + 1] if end in ids else ids
+def _until_end(ids: list[int], ends: frozenset[int]) -> list[int]:
+    end = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+    return ids[: end + 1]

@@ -6,6 +6,7 @@ import math
 from statistics import median
 
 from mopo_cli.evaluation.records import LIKELY
+from mopo_cli.evaluation.show import unended
 from mopo_cli.pipeline.outcome import Outcome
 from mopo_cli.runs.constraints import out_of_reach
 
@@ -30,6 +31,7 @@ def warnings(run: Outcome) -> list[str]:
         _run_away,
         _collapse,
         _astray,
+        _cut_off,
         _small_sample,
         _never_refreshed,
         _schedule_astray,
@@ -38,7 +40,7 @@ def warnings(run: Outcome) -> list[str]:
         _no_conflict,
     )
     if run.aligned.estimator is None:
-        signs = (_missed, _no_optimum, _no_movement, _blind_judge)
+        signs = (_missed, _no_optimum, _no_movement, _cut_off, _blind_judge)
     return [*(message for sign in signs for message in sign(run)), *run.evaluation.doubts]
 
 
@@ -123,6 +125,11 @@ def _astray(run: Outcome) -> list[str]:
         f"data's responses; nobody has judged such text, so they are left out of the estimates: train the reference "
         f"longer (sft.steps), or raise tau={run.config.tau:g}"
     ]
+
+
+def _cut_off(run: Outcome) -> list[str]:
+    told = unended(run.evaluation.cut_off)
+    return [told] if told else []
 
 
 def _small_sample(run: Outcome) -> list[str]:

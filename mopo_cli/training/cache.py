@@ -120,7 +120,13 @@ def tokens_key(encoder: Encoder, examples: Sequence[Example]) -> str:
         digest.update(repr((example.prompt, example.responses)).encode("utf-8", "surrogatepass"))
     tokenizer = encoder.tokenizer
     about = tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map  # type: ignore[attr-defined]
-    settings = encoder.chat_template, encoder.condition, type(tokenizer).__name__, tokenizers.__version__
+    settings = (
+        encoder.chat_template,
+        encoder.condition,
+        sorted(encoder.ends),
+        type(tokenizer).__name__,
+        tokenizers.__version__,
+    )
     return key_of("tokens", about, settings, digest.hexdigest())
 
 

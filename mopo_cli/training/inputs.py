@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,13 +10,17 @@ from mopo_cli.base.console import say, stage, warn
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.types import Example, PreferenceData
 from mopo_cli.config.schema import TrainConfig
-from mopo_cli.data.prepare import as_text, load
+from mopo_cli.data.columns import UNREAD
+from mopo_cli.data.prepare import SEEN, as_text, load
 from mopo_cli.data.table import TokenTable
 from mopo_cli.models.policy import Policy
 from mopo_cli.models.tokenizers import load_tokenizer
 from mopo_cli.training import cache
 
 TEXT = 5_000_000  # characters, at most, that a tokenizer is trained on
+LONGEST = 50_000  # characters that one text adds to them
+RUN = 1000  # characters without the end of a sentence, or of nothing else, from which a text is cut up
+_LONG_RUN = re.compile(rf"[^.!?\n]{{{RUN}}}|[.!?\n]{{{RUN}}}")
 SPLITS = ("train", "heldout", "test")
 
 
@@ -61,9 +66,22 @@ def encode(config: TrainConfig, data: PreferenceData, policy: Policy, longest_co
 
 def _say_notes(config: TrainConfig, inputs: Inputs) -> None:
     """What a user should know of data and model before hours are spent on them."""
+    found = inputs.data.provenance
     for key in ("sample", "test_sample"):
-        if note := inputs.data.provenance.get(key):
+        if note := found.get(key):
             say(f"data: {note}")
+    if unread := found.get(UNREAD):
+        say(f"data: columns that nothing reads: {', '.join(map(str, unread))}")  # type: ignore[call-overload]
+    if rendered := sum(inputs.policy.encoder.rendered(example.prompt) for example in inputs.examples["train"]):
+        say(
+            f"data: {rendered:,} of {len(inputs.examples['train']):,} training prompts are rendered already, with "
+            "special tokens around their turns: they are taken as they are"
+        )
+    if seen := found.get(SEEN):
+        warn(
+            f"{seen} test prompts are in the training or held-out rows as well, so the win rates on the test set will "
+            "flatter; take them out of one"
+        )
     if config.model.init == "pretrained" and not config.model.lora.r and config.optimiser.learning_rate > 1e-4:
         warn(
             f"optimiser.learning_rate={config.optimiser.learning_rate:g} suits a small model from scratch; full "
@@ -109,7 +127,21 @@ def texts_of(examples: Sequence[Example]) -> Iterator[str]:
     Of much text it sees every second example, or every third and so on: its words are known long before the end, and
     training takes time and memory in proportion.
     """
-    size = sum(len(str(text)) for example in examples for text in (example.prompt, *example.responses))
+    size = sum(min(len(str(text)), LONGEST) for e in examples for text in (e.prompt, *e.responses))
     examples = examples[:: -(-size // TEXT) or 1]
-    yield from (as_text(example.prompt) + "\n" for example in examples)
-    yield from (as_text(response) for example in examples for response in example.responses)
+    for example in examples:
+        yield from _cut(as_text(example.prompt) + "\n")
+    for example in examples:
+        for response in example.responses:
+            yield from _cut(as_text(response))
+
+
+def _cut(text: str) -> Iterator[str]:
+    """The text, as far as a tokenizer learns from it, in pieces where something in it is no sentence: training takes
+    the square of the longest word or sentence."""
+    text = text[:LONGEST]
+    if len(text) <= RUN or not _LONG_RUN.search(text):
+        yield text
+        return
+    for start in range(0, len(text), RUN):
+        yield text[start : start + RUN]

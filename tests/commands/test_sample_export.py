@@ -16,6 +16,7 @@ from running import TINY, Finished, read_json
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mopo_cli.base.errors import UserError
+from mopo_cli.commands import sample
 from mopo_cli.commands.export import check_target
 from mopo_cli.commands.sample import printable, prompts_of
 from mopo_cli.evaluation.card import model_card
@@ -54,8 +55,11 @@ class TestPromptForm:
         assert in_form_of(told, "\n\nHuman: What is up?\n\nAssistant:") == told
 
 
-def test_control_characters_are_not_printed():
-    assert printable("a\x1b[31mb\x07\n\tc é 日本") == "a[31mb\n\tc é 日本"
+def test_control_characters_are_not_printed_on_a_terminal(monkeypatch: pytest.MonkeyPatch):
+    text = "a\x1b[31mb\x07\n\tc é 日本\xa0\u3000👩\u200d👧\x85\r"
+    assert printable(text) == text
+    monkeypatch.setattr(type(sample.console), "is_terminal", True)
+    assert printable(text) == "a[31mb\n\tc é 日本\xa0\u3000👩\u200d👧"
 
 
 class TestMistakesOfSample:
@@ -71,12 +75,15 @@ class TestMistakesOfSample:
             (("prompts=nowhere.txt",), "prompts=nowhere.txt: cannot be read"),
             (("prompts=empty.txt",), "prompts=empty.txt: holds no prompts"),
             (("prompts=bad.jsonl",), 'bad.jsonl:2: expected a JSON object, found ["a"]'),
+            (("prompt=\udcff",), "prompt: is not UTF-8"),
+            (("prompts=half.jsonl",), "half.jsonl:1: 'prompt' holds half a surrogate pair"),
             (("prompt=a", "run=nowhere"), "run=nowhere: no finished run there"),
             (("prompt=a",), "run: no finished run under outputs/train/"),
         ],
     )
     def test_one_line(self, run_here: Run, here: Path, arguments: tuple[str, ...], told: str):
         (here / "empty.txt").write_text("\n")
+        (here / "half.jsonl").write_text(json.dumps({"prompt": "a\ud800"}))
         (here / "bad.jsonl").write_text('{"prompt": "a"}\n["a"]\n')
         done = run_here("sample", *arguments)
         assert done.status == 2

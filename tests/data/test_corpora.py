@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.types import Corpus, Example
 from mopo_cli.data import corpora
+from mopo_cli.data.columns import MOST_REASONS
 from mopo_cli.data.computed import concise, grounded
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -153,6 +154,57 @@ class TestPairs:
         path = write(tmp_path / "rows.jsonl", self.LIST_ROW)
         with pytest.raises(UserError, match=match):
             corpora.pairs(path, margins=margins)
+
+
+class TestDroppedRows:
+    GOOD: ClassVar[dict[str, Any]] = {"prompt": "Q", "chosen": "a", "rejected": "b", "helpful": 1}
+
+    def test_lines_that_are_no_rows_are_dropped_too(self, tmp_path: Path):
+        good = json.dumps(self.GOOD).encode()
+        deep = b"[" * 100_000
+        digits = b'{"prompt": ' + b"1" * 5000 + b"}"
+        lines = [b"{", good, b'{"a": "\xff"}', b'{"b": "\xfe\xfe"}', b"[1]", b"3", deep, digits, good, b'{"c": nul}']
+        (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))
+        corpus = corpora.pairs(str(tmp_path / "rows.jsonl"), invalid="drop")
+        assert len(list(corpus.examples)) == 2
+        assert corpus.provenance["skipped"] == {
+            "not JSON…; expected one JSON object a line, or in a .json file one list of objects": 2,
+            "not UTF-8 at byte …": 2,
+            "expected a JSON object, found …": 2,
+            "no JSON that can be read (…)": 2,
+        }
+
+    @pytest.mark.parametrize("line", ["{", '{"a": "\\ud800"}', "[" * 100_000, "1" * 5000])
+    def test_an_error_tells_how_to_go_on(self, tmp_path: Path, line: str):
+        path = tmp_path / "rows.jsonl"
+        path.write_text(f"{json.dumps(self.GOOD)}\n{line}\n")
+        with pytest.raises(UserError, match=r"rows\.jsonl:2: .*dataset\.invalid=drop leaves such rows out"):
+            corpora.pairs(str(path))
+
+    def test_reasons_are_counted_by_kind(self, tmp_path: Path):
+        rows = [{**self.GOOD, "helpful": 2 + i} for i in range(500)] + [{f"key{i}": i} for i in range(500)]
+        path = write(tmp_path / "rows.jsonl", self.GOOD, *rows)
+        corpus = corpora.pairs(path, invalid="drop")
+        assert len(list(corpus.examples)) == 1
+        skipped: Any = corpus.provenance["skipped"]
+        assert list(skipped.values()) == [500, 500]
+        assert next(iter(skipped)).startswith("helpful holds …; I is a number")
+
+    def test_of_many_kinds_the_last_are_counted_together(self, tmp_path: Path):
+        names = [f"objective{i}" for i in range(40)]
+        rows = [{**self.GOOD, name: 7} for name in names]
+        path = write(tmp_path / "rows.jsonl", {**self.GOOD, **dict.fromkeys(names, 1)}, *rows)
+        corpus = corpora.pairs(path, invalid="drop")
+        assert len(list(corpus.examples)) == 1
+        skipped: Any = corpus.provenance["skipped"]
+        assert len(skipped) == MOST_REASONS + 1
+        assert skipped["others"] == 40 - MOST_REASONS
+
+    def test_columns_that_nothing_reads_are_listed(self, tmp_path: Path):
+        path = write(tmp_path / "rows.jsonl", {**self.GOOD, "id": None, "note": "x"}, {**self.GOOD, "id": 7})
+        corpus = corpora.pairs(path, objectives=["helpful"])
+        assert len(list(corpus.examples)) == 2
+        assert corpus.provenance["unread_columns"] == ["note", "id"]
 
 
 class TestQaFeedback:

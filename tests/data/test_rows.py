@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from mopo_cli.base.errors import UserError
+from mopo_cli.base.errors import RowError, UserError
 from mopo_cli.base.types import Example
+from mopo_cli.data.columns import Unread
 from mopo_cli.data.rows import example_from_row, is_pair_row, objectives_of_row, preference, split_transcripts
 
 WHERE = "pairs.jsonl:7"
@@ -90,17 +91,12 @@ class TestListRows:
         assert made.responses == ("a", "b")
         assert made.context == "C"
 
-    def test_message_keys_other_than_role_and_content_are_left_out(self):
-        prompt = [{"role": "system", "content": ""}, {**USER, "name": "Bo", "tool_calls": None}]
+    def test_message_keys_that_say_nothing_of_the_meaning_are_left_out(self):
+        prompt = [{"role": "system", "content": ""}, {**USER, "id": 3, "name": None, "tool_calls": [], "images": None}]
         assert example({**scored(helpful=[1, 2, 3]), "prompt": prompt}).prompt == [
             {"role": "system", "content": ""},
             USER,
         ]
-
-    def test_a_response_of_several_messages_is_kept(self):
-        turns = [assistant("a"), USER, assistant("b")]
-        row = {"prompt": [USER], "responses": [turns, [assistant("c")]], "scores": {"helpful": [1, 0]}}
-        assert example(row).responses == (turns, "c")
 
     def test_null_counts_as_absent(self):
         row = {**scored(helpful=[1, 2, 3]), "labels": None, "context": None, "chosen": None}
@@ -228,7 +224,7 @@ class TestPairRows:
 
     def test_a_marker_inside_one_answer_does_not_move_the_split(self):
         start = "\n\nHuman: Hi\n\nAssistant:"
-        answers = (" Yes\n\nHuman: Go on\n\nAssistant: Sure", " No")
+        answers = (" Yes\n\nAssistant: Sure", " No")
         assert split_transcripts(start + answers[0], start + answers[1], WHERE) == (start, *answers)
 
     @pytest.mark.parametrize(
@@ -319,3 +315,146 @@ class TestObjectivesOfRow:
 )
 def test_preference(first: float, second: float, margin: float, expected: float):
     assert preference(first, second, margin) == expected
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+class TestSeveralTurns:
+    """What the user says between two answers is no answer: neither trained on nor dropped."""
+
+    @pytest.mark.parametrize("prompt", [{}, {"prompt": [USER]}])
+    def test_conversations_that_part_before_the_last_answer(self, prompt: dict[str, Any]):
+        answers = {
+            "chosen": [USER, assistant("A1"), turn("user", "Q2"), assistant("A2")],
+            "rejected": [USER, assistant("B1"), turn("user", "P2"), assistant("B2")],
+        }
+        assert "has several turns after the prompt" in error({**prompt, **answers}, chosen="helpful")
+
+    def test_transcripts_that_part_before_the_last_answer(self):
+        start = "\n\nHuman: Hi\n\nAssistant:"
+        row = {"chosen": f"{start} A1\n\nHuman: Q2\n\nAssistant: A2", "rejected": f"{start} B1"}
+        assert "has several turns after the prompt" in error(row, chosen="helpful")
+
+    @pytest.mark.parametrize("last", [[turn("user", "Q2"), assistant("b")], [assistant("b")]])
+    def test_a_response_of_several_messages(self, last: list[dict[str, str]]):
+        row = {"prompt": [USER], "responses": [[assistant("a"), *last], "c"], "scores": {"helpful": [1, 0]}}
+        assert "responses[0] has several turns" in error(row)
+
+    def test_two_answers_in_a_row(self):
+        shared = [USER, assistant("A1")]
+        row = {"chosen": [*shared, assistant("a")], "rejected": [*shared, assistant("b")]}
+        assert "two messages of the assistant follow each other" in error(row, chosen="helpful")
+
+    def test_a_prompt_that_begins_the_answer_is_kept_as_it_is(self):
+        prompt = [USER, assistant("The sky is")]
+        made = example({"prompt": prompt, "chosen": " blue", "rejected": " red"}, chosen="helpful")
+        assert (made.prompt, made.responses) == (prompt, (" blue", " red"))
+
+
+ANSWERS = {"chosen": "Town 0 of France is big", "rejected": "Town 0 of France is small"}
+
+
+class TestOtherColumns:
+    @pytest.mark.parametrize("name", ["question", "query", "instruction", "input"])
+    def test_a_question_is_the_prompt(self, name: str):
+        row = {name: "How big is it?", **ANSWERS}
+        made = example(row, chosen="helpful")
+        assert (made.prompt, made.responses) == ("How big is it?", tuple(ANSWERS.values()))
+        assert example({name: "Q", "responses": ["a", "b"], "scores": {"helpful": [1, 0]}}).prompt == "Q"
+
+    def test_an_instruction_with_its_input(self):
+        assert example({"instruction": "Sum up", "input": "A text", **ANSWERS}, chosen="helpful").prompt == (
+            "Sum up\n\nA text"
+        )
+        assert example({"instruction": "Sum up", "input": "", **ANSWERS}, chosen="helpful").prompt == "Sum up"
+
+    def test_a_question_that_the_answers_repeat_is_cut_off_them(self):
+        row = {"question": "How big", "chosen": "How big is it", "rejected": "How big? Small"}
+        assert example(row, chosen="helpful").responses == (" is it", "? Small")
+
+    def test_a_question_beside_whole_conversations_is_not_asked_twice(self):
+        row = {"question": "Hi", "chosen": [USER, assistant("a")], "rejected": [USER, assistant("b")]}
+        assert example(row, chosen="helpful").prompt == [USER]
+
+    def test_one_of_two_questions(self):
+        assert "question and query could each be" in error({"question": "a", "query": "b", **ANSWERS})
+
+    def test_no_guess_where_a_column_could_hold_the_prompt(self):
+        message = error({"headline": "France", "source": "a b", "row_id": "7", **ANSWERS}, chosen="helpful")
+        assert "there is no prompt, and headline could hold it" in message
+        row = {"source": "wiki", "row_id": "7", "n": 3, "note": "", **ANSWERS}
+        assert example(row, chosen="helpful").prompt == "Town 0 of France is"
+
+    @pytest.mark.parametrize("name", ["system", "system_prompt"])
+    def test_a_system_message(self, name: str):
+        say = turn("system", "Be brief")
+        answers = {"chosen": "a", "rejected": "b"}
+        assert example({name: "Be brief", "prompt": "Hi", **answers}, chosen="helpful").prompt == [say, USER]
+        assert example({name: "Be brief", "prompt": [USER], **answers}, chosen="helpful").prompt == [say, USER]
+        assert example({name: "Be brief", "prompt": [say, USER], **answers}, chosen="helpful").prompt == [say, USER]
+        assert example({name: "", "prompt": "Hi", **answers}, chosen="helpful").prompt == "Hi"
+        talk = {"chosen": [USER, assistant("a")], "rejected": [USER, assistant("b")]}
+        assert example({name: "Be brief", **talk}, chosen="helpful").prompt == [say, USER]
+        assert "differ; keep one" in error({name: "Be long", "prompt": [say, USER], **answers}, chosen="helpful")
+        told = {"chosen": "\n\nHuman: Hi\n\nAssistant: a", "rejected": "\n\nHuman: Hi\n\nAssistant: b"}
+        assert "beside a prompt that is a transcript" in error({name: "Be brief", **told}, chosen="helpful")
+
+    @pytest.mark.parametrize("name", ["tools", "images", "history"])
+    def test_what_no_prompt_can_hold(self, name: str):
+        row = {"prompt": "Q", "chosen": "a", "rejected": "b"}
+        assert f"the column {name} changes what a model is asked" in error({**row, name: ["x"]}, chosen="helpful")
+        assert example({**row, name: []}, chosen="helpful").prompt == "Q"
+
+    @pytest.mark.parametrize(
+        ("key", "value"), [("name", "Bo"), ("tool_calls", [{}]), ("images", ["x"]), ("weight", 0), ("whatever", "x")]
+    )
+    def test_a_message_with_a_key_that_changes_it(self, key: str, value: Any):
+        row = {**scored(helpful=[1, 2, 3]), "prompt": [{**USER, key: value}]}
+        assert f"a message of prompt has the key {key}" in error(row)
+
+    def test_columns_that_nothing_reads(self):
+        row = {
+            "prompt": "Q",
+            "question": "Q?",
+            "system": "S",
+            "chosen": "a",
+            "rejected": "b",
+            "helpful": 1,
+            "safe": 0.5,
+        }
+        unread = Unread(("helpful",))
+        unread.see({**row, "id": None, "safe": None})
+        assert unread.names == ["question"]
+        unread.see({**row, "id": 3, "safe": 0})
+        assert unread.names == ["question", "safe", "id"]
+        unread = Unread(("chosen",))
+        unread.see({"question": "Q", "responses": ["a"], "chosen": "a"})
+        assert unread.names == ["chosen"]
+
+    def test_a_weight_is_no_objective(self):
+        assert objectives_of_row({"prompt": "Q", "chosen": "a", "rejected": "b", "weight": 0.5, "safe": 1}) == ("safe",)
+
+
+@pytest.mark.parametrize("score", [10**400, -(10**400)])
+def test_whole_numbers_that_no_float_holds(score: int):
+    assert "scores.helpful holds" in error(scored(helpful=[1, score, 2]))
+    assert "has the index" in error(labelled([1, score, 1.0]))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (scored(helpful=[1, "x", 2]), scored(helpful=[1, "y", 2])),
+        ({"prompt": 1, "responses": ["a", "b"]}, {"prompt": 2, "responses": ["a", "b"]}),
+        ({"a": 1}, {"b": 1}),
+    ],
+)
+def test_rows_that_break_the_contract_alike_are_of_one_kind(first: Any, second: Any):
+    kinds = []
+    for row in (first, second):
+        with pytest.raises(RowError) as caught:
+            example(row)
+        kinds.append(caught.value.kind)
+    assert kinds[0] == kinds[1]

@@ -570,7 +570,7 @@ def test_a_condition_where_the_template_knows_no_system_message():
     template = "{% for m in messages %}" + refuses + "[user] {{ m.content }} "
     plain, knows = encoder(template=template + "{% endfor %}"), encoder(template=TEMPLATE)
     turn = [{"role": "user", "content": "w1"}]
-    assert plain.conditioned("w5").prompt_text(turn) == "[user] w5\nw1 "
+    assert plain.conditioned("w5").prompt_text(turn) == "[user] w5\nw1 [user] "
     assert "w5" in knows.conditioned("w5").prompt_text(turn)
     assert knows.conditioned("w5").prompt_text(turn) != plain.conditioned("w5").prompt_text(turn)
     assert plain.condition_tokens("w5 w6") >= 2

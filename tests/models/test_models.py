@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from chats import chat_tokenizer
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from peft import PeftConfig, PeftModel
 from policies import asking
@@ -22,9 +23,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from mopo_cli.base.errors import UserError
 from mopo_cli.commands.export import write_merged
 from mopo_cli.config.compose import compose, typed
-from mopo_cli.config.schema import LoraConfig, ModelConfig, TokenizerConfig, TrainConfig
+from mopo_cli.config.schema import LoraConfig, ModelConfig, SamplingConfig, TokenizerConfig, TrainConfig
 from mopo_cli.data.batches import Collator
 from mopo_cli.data.table import TokenRow
+from mopo_cli.evaluation import loading
 from mopo_cli.evaluation.entrants import Entrant
 from mopo_cli.models import hub as models_hub
 from mopo_cli.models import load
@@ -248,6 +250,27 @@ def test_a_checkpoints_generation_settings_do_not_bend_samples(copy):
     assert settings.repetition_penalty in (None, 1.0)
     assert settings.temperature in (None, 1.0)
     assert settings.eos_token_id == tokenizer.eos_token_id
+
+
+def test_every_end_of_turn_ends_samples_and_is_saved(tmp_path):
+    tokenizer = chat_tokenizer("qwen base")
+    save_hub_layout(tmp_path / "hub")
+    tokenizer.save_pretrained(tmp_path / "hub")
+    turn_end, turn_start = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"])
+    GenerationConfig(eos_token_id=[turn_start, 7]).save_pretrained(tmp_path / "hub")
+    config = local(tmp_path / "hub")
+    policy = Policy.load(config, load_tokenizer(config, []), seed=0)
+    ends = [tokenizer.eos_token_id, turn_end, turn_start]  # 7 is a letter
+    assert policy.encoder.ends == set(ends)
+    prompt = policy.encoder.prompt_ids([{"role": "user", "content": "x"}])
+    (drawn,) = policy.sample([prompt], 300, SamplingConfig(max_new_tokens=30, batch_size=300), 0)
+    assert {d.ids[-1] for d in drawn} > set(ends)
+    assert not any(end in d.ids[:-1] or "<|im" in d.text for d in drawn for end in ends)
+    policy.save(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "generation_config.json").read_text())["eos_token_id"] == ends
+    assert Policy.load(local(tmp_path / "saved"), policy.tokenizer, seed=0).encoder.ends == set(ends)
+    asked = loading.load_policy(config, loading.plain_encoder(config), 0)
+    assert asked.encoder.conditioned("brief").ends == set(ends)
 
 
 def test_a_tokenizer_without_padding_pads_with_the_end(copy):

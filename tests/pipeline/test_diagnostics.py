@@ -44,6 +44,7 @@ HEALTHY: dict[str, Any] = {
     "kl": 0.4,
     "entropy": [8.0, 7.0],
     "off_support": 0.02,
+    "cut_off": 0.1,
     "attainable": [0.8, 0.7],
     "infeasible": (),
     "estimated": {"helpful": 0.7, "harmless": 0.56, "concise": 0.52},
@@ -74,7 +75,7 @@ def outcome(facts: dict[str, Any]) -> Outcome:
             **{key: facts[key] for key in ("estimated", "infeasible", "estimator", "attainable", "entropy")},
             off_support=facts["off_support"],
         ),
-        evaluation=evaluation(measured, facts["kl"], facts["oracle"]),
+        evaluation=replace(evaluation(measured, facts["kl"], facts["oracle"]), cut_off=facts["cut_off"]),
         heldout_accuracy=facts["heldout_accuracy"],
         history=[*duals, *({"n_eff": n} for n in facts["n_eff"])],
         rows=facts["rows"],
@@ -107,6 +108,13 @@ class TestSigns:
         assert message.startswith("25% of the policy's samples")
         assert "sft.steps" in message
         assert "tau=0.08" in message
+
+    def test_samples_that_do_not_end(self):
+        message = only(cut_off=0.6)
+        assert message.startswith("60% of the samples were cut off")
+        assert "sampling.max_new_tokens" in message
+        assert told(cut_off=0.5) == told(cut_off=None) == []
+        assert len(told(cut_off=0.6, estimator=None)) == 1
 
     def test_a_multiplier_at_its_bound_is_infeasible_and_tells_what_is_attainable(self):
         text = only(infeasible=("harmless",), thresholds=[0.95, 0.51])

@@ -271,7 +271,7 @@ class Telling:
             return None
         followed = found.followed([content(response) for response in example.responses])
         asked = [
-            encoder.conditioned(condition(each)).prompt_ids(example.prompt, example.responses[0]) for each in found.pair
+            encoder.conditioned(condition(each)).prompt_ids(example.prompt, *example.responses) for each in found.pair
         ]
         rows = TokenRow(asked[0], row.responses), TokenRow(asked[1], row.responses)
         return Told(rows, intra_sample(followed, len(found.pair[0])), self.inter(followed, example.pairs))

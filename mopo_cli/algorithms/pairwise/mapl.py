@@ -369,8 +369,7 @@ def share_followed(
     """
     asked, encoder = asked_instructions(examples, kinds, seed), policy.encoder
     ids = [
-        encoder.conditioned(one.text if told else "").prompt_ids(e.prompt, e.responses[0] if e.responses else "x")
-        for e, one in asked
+        encoder.conditioned(one.text if told else "").prompt_ids(e.prompt, *(e.responses or ("x",))) for e, one in asked
     ]
     fits = [i for i, each in enumerate(ids) if len(each) + encoder.longest_response <= encoder.max_length]
     if not fits:
