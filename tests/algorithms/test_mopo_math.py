@@ -49,6 +49,7 @@ from mopo_cli.maths.estimates import (
     scalarise,
     weighted_estimate,
 )
+from mopo_cli.maths.oracle import solve
 
 torch.set_num_threads(1)  # threads only get in each other's way on tensors this small
 
@@ -705,6 +706,44 @@ def test_a_missed_constraint_raises_its_multiplier(changes, sensitivity):
     for _ in range(200):
         m.observe(estimate(0.9, sensitivity))
     assert m.state.duals[0] == pytest.approx(m.settings.sigma / 0.3 if changes else 0.0, abs=5e-3)
+
+
+@pytest.mark.parametrize("sensitivity", [None, 0.2])
+def test_the_multiplier_goes_by_the_pessimistic_bound(sensitivity):
+    hessian = None if sensitivity is None else f64([[sensitivity]])
+    m = method((0.55,))
+    m.state.duals = [0.3]
+    met_on_average = Estimate(f64(0.6, 0.62), f64([0.5]), f64([0.3]), 0.01, 50.0, hessian)
+    m.observe(met_on_average)
+    expected = 0.3 + 0.5 * 0.05  # (b - G) of 0.05, not of -0.07
+    if hessian is not None:  # a Newton step of the same sign, half of the way at the first correction
+        expected = 0.3 + 0.5 * 0.05 / (0.2 + 1e-3 + 0.05 * 0.2)
+    assert m.state.duals[0] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("lower", "gain"), [(0.5, 0.5), (0.56, 0.5 / 3), (0.7, 0.5 / 3)])
+def test_a_constraint_missed_by_far_is_answered_at_full_rate(lower, gain):
+    m = method((0.6,))
+    m.state.duals, m.state.corrections = [1.0], 8
+    m.observe(estimate(lower, 0.5))
+    step = (0.6 - lower) / (0.5 + 1e-3 + 0.05 * 0.5)
+    assert m.state.duals[0] == pytest.approx(1.0 + gain * step)
+    assert m.state.corrections == 9
+
+
+def test_multipliers_start_at_the_offline_duals_and_never_above_their_bound():
+    # one prompt, three responses; `harmless` of 0.75 is the most that any policy reaches
+    p, log_reference = np.array([[[0.9, 0.25], [0.5, 0.5], [0.1, 0.75]]]), np.log(np.full((1, 3), 1 / 3))
+    within = method((0.6,))
+    assert within.start(p, log_reference, margin=0.02).tolist() == [0.6]
+    assert within.state.duals == pytest.approx(solve(p, log_reference, 0.1, np.array([0.6])).duals.tolist())
+    beyond = method((0.9,))
+    assert beyond.start(p, log_reference, margin=0.02) == pytest.approx([0.73])
+    free = beyond.state.duals[0]
+    assert free == pytest.approx(float(solve(p, log_reference, 0.1, np.array([0.73])).duals[0]))
+    capped = method((0.9,), max_dual=free - 0.5)
+    capped.start(p, log_reference, margin=0.02)
+    assert capped.state.duals == [free - 0.5]
 
 
 def test_recording_moves_nothing():
