@@ -230,6 +230,13 @@ def test_chi_gradient_is_the_derivative(seed, chi, epsilon):
     assert float(chi_gradient(f, f64(chi), epsilon)) == pytest.approx(float(numeric), abs=1e-6)
 
 
+def test_weights_of_the_bound_count_as_repeated_values():
+    f, chi = f64([[0.3, 1.2, 0.7], [0.9, 0.1, 0.4]]), f64(0.8, 2.0)
+    repeated, log_weights = f[:, [0, 0, 0, 1, 2, 2]], f64(3.0, 1.0, 2.0).log() - 7.0
+    torch.testing.assert_close(lower_bound_at(f, chi, 0.2, log_weights), lower_bound_at(repeated, chi, 0.2))
+    torch.testing.assert_close(chi_gradient(f, chi, 0.2, log_weights), chi_gradient(repeated, chi, 0.2))
+
+
 def test_auto_epsilon_is_the_empirical_likelihood_radius():
     assert auto_epsilon(10**6, 0.1) == pytest.approx(chi2.ppf(0.9, 1) / (2 * 10**6), rel=1e-4)
     assert auto_epsilon(8, 0.2) == pytest.approx(student_t.ppf(0.9, 7) ** 2 / 16)  # of few values: Student's quantile
