@@ -110,8 +110,10 @@ def left_out(tree: ast.AST) -> set[int]:
             found.update(id(inner) for inner in ast.walk(node))
 
     for node in ast.walk(tree):
-        if isinstance(node, ast.arg | ast.AnnAssign):
+        if isinstance(node, ast.arg):
             leave(node.annotation)
+        if isinstance(node, ast.AnnAssign | ast.Assert):  # of settings: conf/ sets what stands there
+            leave(node)
         if isinstance(node, ast.FunctionDef):
             leave(node.returns)
         for decorator in getattr(node, "decorator_list", ()):
@@ -262,7 +264,8 @@ def main() -> int:
 
 def share_killed(folder: str, asked: argparse.Namespace, equivalent: set[str]) -> float:
     """Prints what became of each drawn mutant, and the share that a test noticed."""
-    found = [mutant for path in sorted((PACKAGE / folder).rglob("*.py")) for mutant in mutants_of(path)]
+    paths = [path for path in sorted((PACKAGE / folder).rglob("*.py")) if path.stem != "figures"]  # looks
+    found = [mutant for path in paths for mutant in mutants_of(path)]
     found = [mutant for mutant in found if mutant.name not in equivalent and asked.only in mutant.name]
     drawn = random.Random(asked.seed).sample(found, min(asked.count, len(found)))
     limits: dict[tuple[str, ...], float] = {}
