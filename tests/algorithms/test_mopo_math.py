@@ -255,6 +255,7 @@ def test_the_auto_bound_is_the_usual_confidence_limit():
 
 def test_effective_sample_size_by_hand():
     assert float(effective_sample_size(torch.ones(7))) == pytest.approx(7.0)
+    assert float(effective_sample_size(torch.full((7,), 1e-6))) == pytest.approx(7.0)  # whatever their scale
     assert float(effective_sample_size(f64(3.0, 1.0))) == pytest.approx(16 / 10)
     assert float(effective_sample_size(f64(5.0, 0.0, 0.0))) == pytest.approx(1.0)
     assert effective_sample_size(torch.zeros(2, 3)).tolist() == [0.0, 0.0]
