@@ -121,7 +121,7 @@ def stage_of(settings: MopoPaper) -> tuple[PaperAlignment, Tensor]:
     start, rows, rates = problem()
     logits = torch.tensor(start, requires_grad=True)
     tokens = [TokenRow([9], [[action] for action in row]) for row in rows]
-    judged = JudgedRows((), [], tokens, [], [torch.tensor(values) for values in rates])
+    judged = JudgedRows((), [], tokens, [], [torch.tensor(values) for values in rates], torch.arange(6))
     stage = PaperAlignment.__new__(PaperAlignment)
     stage.family = stage.shared = settings
     stage.attainable, stage.offline, stage.work, stage.every = [], [], Work(), 3

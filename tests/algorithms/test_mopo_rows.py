@@ -33,7 +33,7 @@ class Weighted:
 def train_rows() -> TrainRows:
     """Rows 0 and 1 with two responses each; row 1 has two fresh ones."""
     tokens = [TokenRow([1], [[2], [2, 2]]), TokenRow([1], [[3], [3, 3]])]
-    judged = JudgedRows((), [], tokens, [], [torch.full((2, 2), 0.5)] * 2)
+    judged = JudgedRows((), [], tokens, [], [torch.full((2, 2), 0.5)] * 2, torch.arange(2))
     rows = TrainRows(Weighted(), judged)  # type: ignore[arg-type]
     rows.begin([0, 1], rows.rollouts.reference(tokens))
     rows.fresh = {

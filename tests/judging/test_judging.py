@@ -56,6 +56,7 @@ def test_a_computed_objective_judges_samples_by_its_own_function(monkeypatch: py
         [TokenRow([1], [[2], [3]]), TokenRow([4], [[5], [6]])],
         [torch.zeros(2, 2, 1)] * 2,
         [torch.full((2, 2), 0.5)] * 2,
+        torch.arange(2),
     )
     drawn = [[Drawn(text, [len(text)]) for text in ("a", "aaa", "aa")]]
     tokens, rates = judge_samples(Silent(), data, [1], drawn, None)  # type: ignore[arg-type]
