@@ -55,6 +55,9 @@ quality: $(INSTALLED) ## the table of docs/results.md: exact win rates over thre
 baselines: $(INSTALLED) ## every method's front beside MOPO's, table and figure (QA=dev_feedback.json: on qa_feedback too; 40 minutes)
 	$(BIN)/python tests/benchmarks/baselines.py $(if $(QA),--qa "$(QA)") $(ARGS)
 
+mutants: $(INSTALLED) ## change the code a little, often, and count what the quick tests notice (an hour; ARGS="maths --count 50")
+	$(BIN)/python tests/torture/mutation.py $(ARGS)
+
 wheel: $(INSTALLED) ## build the wheel into dist/
 	$(BIN)/python -m build --wheel --outdir dist .
 
@@ -73,4 +76,4 @@ audit: $(INSTALLED) ## look the pinned packages up in the advisory database (nee
 clean: ## remove .venv and build leftovers; outputs/ stays
 	rm -rf $(VENV) dist build *.egg-info .pytest_cache .ruff_cache
 
-.PHONY: help install train test test-quick torture lint audit bench bench-small bench-commands quality baselines wheel lock clean
+.PHONY: help install train test test-quick torture mutants lint audit bench bench-small bench-commands quality baselines wheel lock clean

@@ -12,16 +12,27 @@ from torch import Tensor
 Number = TypeVar("Number", float, Tensor)
 
 
-def lower_bound_at(f: Tensor, chi: Tensor, epsilon: float) -> Tensor:
-    """-chi log E exp(-f / chi) - chi epsilon over the last axis, for (..., n) f and (...) chi > 0."""
-    log_mean = torch.logsumexp(-f / chi[..., None], dim=-1) - math.log(f.shape[-1])
-    return -chi * log_mean - chi * epsilon
+def lower_bound_at(f: Tensor, chi: Tensor, epsilon: float, log_weights: Tensor | None = None) -> Tensor:
+    """-chi log E exp(-f / chi) - chi epsilon over the last axis, for (..., n) f and (...) chi > 0.
+
+    E is the mean under weights (n,), given by their logs, up to a constant; over all n alike without them.
+    """
+    log_p = _log_shares(f, log_weights)
+    return -chi * torch.logsumexp(log_p - f / chi[..., None], dim=-1) - chi * epsilon
 
 
-def chi_gradient(f: Tensor, chi: Tensor, epsilon: float) -> Tensor:
-    """d/d chi of `lower_bound_at`: KL(w || uniform) - epsilon with w proportional to exp(-f / chi)."""
-    log_w = torch.log_softmax(-f / chi[..., None], dim=-1)
-    return (log_w.exp() * (log_w + math.log(f.shape[-1]))).sum(-1) - epsilon
+def chi_gradient(f: Tensor, chi: Tensor, epsilon: float, log_weights: Tensor | None = None) -> Tensor:
+    """d/d chi of `lower_bound_at`: KL(w || p) - epsilon with w proportional to p exp(-f / chi), p the shares of the
+    weights."""
+    log_p = _log_shares(f, log_weights)
+    log_w = torch.log_softmax(log_p - f / chi[..., None], dim=-1)
+    return (log_w.exp() * (log_w - log_p)).sum(-1) - epsilon
+
+
+def _log_shares(f: Tensor, log_weights: Tensor | None) -> Tensor:
+    """(n,) logs of weights that sum to one."""
+    weights = torch.zeros(f.shape[-1], dtype=f.dtype) if log_weights is None else log_weights
+    return torch.log_softmax(weights, dim=-1)
 
 
 def lower_bound(f: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:

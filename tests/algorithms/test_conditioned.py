@@ -18,6 +18,7 @@ from mopo_cli.algorithms.conditioned.dpa import Dpa, best, drawn_directions
 from mopo_cli.algorithms.conditioned.lessons import (
     Lesson,
     Lessons,
+    ScoredData,
     fit_lessons,
     fit_scales,
     listed,
@@ -26,6 +27,7 @@ from mopo_cli.algorithms.conditioned.lessons import (
 )
 from mopo_cli.algorithms.conditioned.ric import Ric, online_targets, outer_scores, outstanding
 from mopo_cli.algorithms.contract import algorithm_of, build_algorithm
+from mopo_cli.algorithms.rollouts import Request, Rollouts, Samples
 from mopo_cli.base.console import stage
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.processes import build_accelerator
@@ -33,6 +35,7 @@ from mopo_cli.config import compose
 from mopo_cli.config.schema import TrainConfig
 from mopo_cli.data.directions import MAPS, Directions, directions_of, parsed, shares, spelled
 from mopo_cli.data.table import TokenRow
+from mopo_cli.judging.scorers import Scale
 from mopo_cli.runs.directory import RunDirectory
 from mopo_cli.runs.tracking import Tracker
 from mopo_cli.training.checkpoints import Setting, Work
@@ -327,6 +330,54 @@ class TestLearning:
         helpful, harmless = inputs.policy.logps(rows)
         assert helpful[0] > helpful[1] + 1.0
         assert harmless[1] > harmless[0] + 1.0
+
+
+def samples(condition: str, scores: list[list[float]], on_support: list[bool], ended: list[bool]) -> Samples:
+    """Responses [10], [11], ... to row 3."""
+    responses = [[10 + m] for m in range(len(scores))]
+    row, numbers = TokenRow([1], responses), torch.tensor(scores)
+    flags = torch.tensor(on_support), torch.tensor(ended)
+    return Samples(3, condition, row, row, numbers, torch.zeros(len(scores)), *flags)
+
+
+class TestWhatIsLearntOfSamples:
+    """Only what ended, and lies on the data's support: of anything else a judge's value is a guess."""
+
+    DATA = ScoredData([], [], [Scale(0.0, 1.0, "as they are", 1)] * 2, 0)
+    # by the judge: the first is best but off the support, the second better but cut off
+    SCORES = ([[9.0, 9.0], [8.0, 8.0], [1.0, 0.5], [0.2, 0.1]], [False, True, True, True], [True, False, True, True])
+
+    def test_dpa(self):
+        drawn, direction = samples("helpful 100", *self.SCORES), np.array([[1.0, 0.0]])
+        items, told = Dpa(PAIR).lessons(self.DATA, [drawn], direction)
+        assert items == {3: [Lesson(3, "helpful 100", [12])]}
+        assert told["best above their mean"] == pytest.approx(1.0 - (9.0 + 8.0 + 1.0 + 0.2) / 4)
+        nothing = samples("helpful 100", [[9.0, 9.0]], [False], [True])
+        assert Dpa(PAIR).lessons(self.DATA, [nothing, drawn], np.repeat(direction, 2, 0))[0] == items
+
+    def test_ric(self):
+        items, told = Ric(PAIR, quantile=0.0).lessons(self.DATA, [samples("asked", *self.SCORES)], np.zeros((1, 2)))
+        learnt = [Lesson(3, "helpful 1.0 harmless 0.5", [12]), Lesson(3, "helpful 0.2 harmless 0.1", [13])]
+        assert items == {3: learnt}
+        assert told == {"kept": 2.0}
+
+    def test_the_support_is_where_the_reference_finds_a_response_likely(self, setting: Setting):
+        setting.inputs.policy.put(setting.initial)
+        rows, end = setting.inputs.tokens["train"][:2], setting.inputs.policy.tokenizer.eos_token_id
+        plain = [TokenRow(row.prompt, [row.responses[0], [*row.responses[1][:-1], 7]]) for row in rows]
+        assert all(row.responses[0][-1] == end for row in plain)
+        logps = setting.inputs.policy.logps(plain)
+        floor = float(torch.cat(logps).sort().values[2])
+        rollouts = Rollouts(setting, Work(), floor)
+        found = rollouts._samples(
+            [Request(0), Request(1)], [row.prompt for row in rows], plain, [torch.zeros(2, 2)] * 2
+        )
+        for one, expected in zip(found, logps, strict=True):
+            assert torch.allclose(one.reference_logps, expected)
+            assert one.on_support.tolist() == [float(value) >= floor for value in expected]
+            assert one.ended.tolist() == [True, False]
+            assert one.usable.tolist() == [bool(one.on_support[0]), False]
+        assert sum(one.on_support.sum().item() for one in found) == 2
 
 
 # --------------------------------------------------------------------------------------------- end to end

@@ -49,6 +49,7 @@ from mopo_cli.maths.estimates import (
     scalarise,
     weighted_estimate,
 )
+from mopo_cli.maths.oracle import solve
 
 torch.set_num_threads(1)  # threads only get in each other's way on tensors this small
 
@@ -229,6 +230,13 @@ def test_chi_gradient_is_the_derivative(seed, chi, epsilon):
     assert float(chi_gradient(f, f64(chi), epsilon)) == pytest.approx(float(numeric), abs=1e-6)
 
 
+def test_weights_of_the_bound_count_as_repeated_values():
+    f, chi = f64([[0.3, 1.2, 0.7], [0.9, 0.1, 0.4]]), f64(0.8, 2.0)
+    repeated, log_weights = f[:, [0, 0, 0, 1, 2, 2]], f64(3.0, 1.0, 2.0).log() - 7.0
+    torch.testing.assert_close(lower_bound_at(f, chi, 0.2, log_weights), lower_bound_at(repeated, chi, 0.2))
+    torch.testing.assert_close(chi_gradient(f, chi, 0.2, log_weights), chi_gradient(repeated, chi, 0.2))
+
+
 def test_auto_epsilon_is_the_empirical_likelihood_radius():
     assert auto_epsilon(10**6, 0.1) == pytest.approx(chi2.ppf(0.9, 1) / (2 * 10**6), rel=1e-4)
     assert auto_epsilon(8, 0.2) == pytest.approx(student_t.ppf(0.9, 7) ** 2 / 16)  # of few values: Student's quantile
@@ -247,6 +255,7 @@ def test_the_auto_bound_is_the_usual_confidence_limit():
 
 def test_effective_sample_size_by_hand():
     assert float(effective_sample_size(torch.ones(7))) == pytest.approx(7.0)
+    assert float(effective_sample_size(torch.full((7,), 1e-6))) == pytest.approx(7.0)  # whatever their scale
     assert float(effective_sample_size(f64(3.0, 1.0))) == pytest.approx(16 / 10)
     assert float(effective_sample_size(f64(5.0, 0.0, 0.0))) == pytest.approx(1.0)
     assert effective_sample_size(torch.zeros(2, 3)).tolist() == [0.0, 0.0]
@@ -705,6 +714,44 @@ def test_a_missed_constraint_raises_its_multiplier(changes, sensitivity):
     for _ in range(200):
         m.observe(estimate(0.9, sensitivity))
     assert m.state.duals[0] == pytest.approx(m.settings.sigma / 0.3 if changes else 0.0, abs=5e-3)
+
+
+@pytest.mark.parametrize("sensitivity", [None, 0.2])
+def test_the_multiplier_goes_by_the_pessimistic_bound(sensitivity):
+    hessian = None if sensitivity is None else f64([[sensitivity]])
+    m = method((0.55,))
+    m.state.duals = [0.3]
+    met_on_average = Estimate(f64(0.6, 0.62), f64([0.5]), f64([0.3]), 0.01, 50.0, hessian)
+    m.observe(met_on_average)
+    expected = 0.3 + 0.5 * 0.05  # (b - G) of 0.05, not of -0.07
+    if hessian is not None:  # a Newton step of the same sign, half of the way at the first correction
+        expected = 0.3 + 0.5 * 0.05 / (0.2 + 1e-3 + 0.05 * 0.2)
+    assert m.state.duals[0] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("lower", "gain"), [(0.5, 0.5), (0.56, 0.5 / 3), (0.7, 0.5 / 3)])
+def test_a_constraint_missed_by_far_is_answered_at_full_rate(lower, gain):
+    m = method((0.6,))
+    m.state.duals, m.state.corrections = [1.0], 8
+    m.observe(estimate(lower, 0.5))
+    step = (0.6 - lower) / (0.5 + 1e-3 + 0.05 * 0.5)
+    assert m.state.duals[0] == pytest.approx(1.0 + gain * step)
+    assert m.state.corrections == 9
+
+
+def test_multipliers_start_at_the_offline_duals_and_never_above_their_bound():
+    # one prompt, three responses; `harmless` of 0.75 is the most that any policy reaches
+    p, log_reference = np.array([[[0.9, 0.25], [0.5, 0.5], [0.1, 0.75]]]), np.log(np.full((1, 3), 1 / 3))
+    within = method((0.6,))
+    assert within.start(p, log_reference, margin=0.02).tolist() == [0.6]
+    assert within.state.duals == pytest.approx(solve(p, log_reference, 0.1, np.array([0.6])).duals.tolist())
+    beyond = method((0.9,))
+    assert beyond.start(p, log_reference, margin=0.02) == pytest.approx([0.73])
+    free = beyond.state.duals[0]
+    assert free == pytest.approx(float(solve(p, log_reference, 0.1, np.array([0.73])).duals[0]))
+    capped = method((0.9,), max_dual=free - 0.5)
+    capped.start(p, log_reference, margin=0.02)
+    assert capped.state.duals == [free - 0.5]
 
 
 def test_recording_moves_nothing():

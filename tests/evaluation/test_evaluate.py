@@ -17,12 +17,14 @@ from evaluations import evaluation
 from running import TINY, Finished, mopo, read_json
 
 from mopo_cli.base.errors import UserError
-from mopo_cli.base.types import Example
+from mopo_cli.base.types import Example, Objective
 from mopo_cli.config.schema import EvalConfig
 from mopo_cli.evaluation.entrants import check_alike, find_entrants, read_answers
 from mopo_cli.evaluation.exact import _rates
+from mopo_cli.evaluation.measure import Criterion, Judged, measured_by
 from mopo_cli.evaluation.records import ExactRates, Measured
-from mopo_cli.evaluation.responses import evaluated_prompts
+from mopo_cli.evaluation.responses import Responded, Subject, evaluated_prompts
+from mopo_cli.judging.judges import JudgedResponses, ScoreJudge
 from mopo_cli.maths.significance import verdict
 from mopo_cli.runs.find import newest_run
 
@@ -330,6 +332,26 @@ class TestExactNumbers:
         assert doubt.startswith("exact win rates are of the world's responses, which are 0.1% of what the policy says")
         (doubt,) = replace(found, prompts=2, independent_prompts=1).doubts
         assert doubt.startswith("2 test prompts, 1 of them independent: too few for an interval")
+
+
+class TestThresholds:
+    def measured(self, threshold: float | None, *rates: float) -> Measured:
+        """One objective of an entrant whose samples win so often."""
+        column = Criterion(
+            "kind", ScoreJudge(lambda rows: np.zeros(len(rows)), "gold"), Objective("kind", "secondary", "kind")
+        )
+        subject = Subject("a", "a", "model", {} if threshold is None else {"kind": threshold})
+        judged = Judged(column, [np.array([rate]) for rate in rates], [], None, None)
+        return measured_by(Responded(subject, JudgedResponses([])), judged, np.arange(len(rates)))
+
+    @pytest.mark.parametrize(
+        ("threshold", "satisfied"),
+        [(0.5, True), (0.51, False), (0.55, False), (0.6, False), (0.45, True), (None, None)],
+    )
+    def test_are_kept_at_the_win_rate_and_above_no_higher(self, threshold: float | None, satisfied: bool | None):
+        found = self.measured(threshold, *[0.25, 0.75] * 20)
+        assert found.win_rate == 0.5
+        assert found.satisfied is satisfied
 
 
 class TestPrompts:

@@ -10,7 +10,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq, linprog, minimize
 
-from mopo_cli.maths.oracle import Optimum, attainable, dual_value, least_slack, mean_kl, policy_win_rates, solve, tilt
+from mopo_cli.maths.oracle import (
+    Optimum,
+    _certify,
+    attainable,
+    dual_value,
+    least_slack,
+    mean_kl,
+    policy_win_rates,
+    solve,
+    tilt,
+)
 
 FREE = -np.inf
 
@@ -262,6 +272,18 @@ def test_the_dual_is_convex_with_the_slack_as_its_gradient(seed):
     numeric = [(g(x + h) - g(x - h)) / 2e-5 for h in 1e-5 * np.eye(2)]
     slack = policy_win_rates(tilt(win_rates, log_reference, 0.2, x), win_rates)[1:] - thresholds
     np.testing.assert_allclose(numeric, slack, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("dual", "b", "residual"), [(2.0, 0.1, 0.2), (0.0, 0.1, 0.0), (2.0, 0.3, 0.2), (0.5, 0.25, 0.05)]
+)
+def test_the_certificate_tells_of_a_missed_threshold_and_of_an_idle_multiplier(dual, b, residual):
+    """max of (b - R)+ and lambda |R - b|: a multiplier above 0 on a slack constraint is no solution."""
+    win_rates, log_reference = np.array([[[0.6, 0.2], [0.6, 0.2]]]), np.log([[0.5, 0.5]])  # every policy has R = 0.2
+    best = attainable(win_rates, log_reference)[1:]
+    found = _certify(win_rates, log_reference, 0.1, np.array([b]), np.array([dual]), best)
+    assert found.kkt_residual == pytest.approx(residual)
+    assert found.duality_gap == pytest.approx(dual * (0.2 - b))
 
 
 # --------------------------------------------------------------------------------------------- infeasible

@@ -63,7 +63,11 @@ class Family(Protocol):
 class Mopo(MopoSettings):
     """The settings of algorithm=mopo."""
 
+    name = "mopo"
     longest_condition = ""
+
+    def stage(self, setting: Setting) -> Alignment:
+        return Alignment(setting, self, self, self.grid(None), Work())
 
     def grid(self, stage: Alignment | None) -> list[Thresholds]:
         return [()]
@@ -76,8 +80,8 @@ class Mopo(MopoSettings):
 
     def align(self, setting: Setting) -> Aligned:
         """Train setting.inputs.policy; what that leaves, with the run's own last estimate of R_k."""
-        stage = Alignment(setting, self, self, self.grid(None), Work())
-        (estimate,) = stage.train("alignment (mopo)")
+        stage = self.stage(setting)
+        (estimate,) = stage.train(f"alignment ({self.name})")
         (point,) = stage.points
         secondaries, state = self.names[1:], point.state
         return Aligned(
@@ -206,14 +210,21 @@ class Alignment(PrimalDual):
         self.work.pairs += sum(len(examples[request.row].pairs) for request in requests) * processes
         self.work.tokens += sum(map(row_length, rows)) * processes
         batch = self.train_rows.batch(self.trainer.model, requests, rows)
-        if self.shared.estimator == "offline":
-            with torch.no_grad():
-                units = self.train_rows.judged.units[[request.row for request in requests]]
-                self.offline.append(self.points[0].estimate(batch, units))
+        self.watch(batch, self.train_rows.judged.units[[request.row for request in requests]])
         points = len(self.points)
         duals = [point.duals for point in self.points]
         of_rows = duals[0] if points == 1 else torch.stack([duals[number % points] for number in numbers])
         return extraction_loss(self.shared, batch, of_rows).sum()
+
+    def watch(self, batch: LogpBatch, units: Tensor) -> None:
+        """What an offline estimate takes from a step's own batch."""
+        if self.shared.estimator == "offline":
+            with torch.no_grad():
+                self.offline.append(self.estimate_of(batch, units))
+
+    def estimate_of(self, batch: LogpBatch, units: Tensor) -> Estimate:
+        """R_k from a batch of the data's responses; of one point, as these tell nothing of a grid's."""
+        return self.points[0].estimate(batch, units)
 
     def before_step(self, step: int) -> None:
         super().before_step(step)
@@ -294,13 +305,15 @@ class Alignment(PrimalDual):
         """Importance-weighted estimate from the data's responses of the first `count` rows of a split."""
         rows, cpu = judged.tokens[:count], torch.device("cpu")
         now, before = self.rollouts.logps(rows), self.rollouts.reference(rows)
+        initial, lagged = self.setting.initial, self.train_rows.lagged
+        reference = before if lagged is initial else self.rollouts.reference(rows, lagged)
         mask = padded([torch.ones(len(row.responses), dtype=torch.bool) for row in rows], cpu)
-        reference = padded(before, cpu)
-        batch = LogpBatch(padded(now, cpu), reference, reference, padded(judged.win_rates[:count], cpu), mask, mask)
+        logps = [padded(values, cpu) for values in (now, reference, before)]
+        batch = LogpBatch(*logps, padded(judged.win_rates[:count], cpu), mask, mask)
         log_ratio = torch.cat(now).sub(torch.cat(before)).double()
         weights = log_ratio.clamp(-30, 30).exp()
         self.kl = float((weights / weights.mean() * log_ratio).mean())
-        return self.points[0].estimate(batch, judged.units[:count])
+        return self.estimate_of(batch, judged.units[:count])
 
     def _heldout_numbers(self, step: int, prompts: int) -> list[int]:
         size = len(self.heldout.tokens)

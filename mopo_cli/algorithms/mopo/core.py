@@ -119,12 +119,25 @@ class LogpBatch:
 def extraction_loss(settings: MopoSettings, batch: LogpBatch, duals: Tensor) -> Tensor:
     """(B,) unreduced losses at multipliers (J,), or (B, J) where rows have their own."""
     if settings.extraction == "bc":
-        rho = importance_ratio(
-            scalarise(batch.win_rates, duals), settings.tau, batch.mask & batch.from_data, settings.normalize
-        )
-        return bc_loss(batch.policy_logps, rho, batch.mask & batch.from_data)
+        use = batch.mask & batch.from_data
+        return bc_loss(batch.policy_logps, optimal_ratio(settings, batch, duals, use), use)
     scores = scalarise(against_all(batch.win_rates, batch.mask, batch.from_data), duals)
     return regression_loss(batch.policy_logps, batch.reference_logps, scores, batch.mask, settings.tau)
+
+
+def optimal_ratio(settings: MopoSettings, batch: LogpBatch, duals: Tensor, use: Tensor) -> Tensor:
+    """(B, G) d pi_lambda / d mu of the responses in `use`: rho = d pi_lambda / d pi_ref, times d pi_ref / d mu.
+
+    The responses are mu's also when the reference has moved on: expectations under pi_ref are then weighted by the
+    second ratio, which is one until the first refresh.
+    """
+    scores = scalarise(batch.win_rates, duals) + settings.tau * log_lag(batch)
+    return importance_ratio(scores, settings.tau, use, settings.normalize)
+
+
+def log_lag(batch: LogpBatch) -> Tensor:
+    """(B, G) log pi_ref / mu."""
+    return (batch.reference_logps - batch.behaviour_logps).clamp(-30, 30)
 
 
 @dataclass(slots=True)
@@ -170,8 +183,7 @@ class Lagrangian:
     def ratios(self, batch: LogpBatch) -> Tensor:
         """(B, G) rho of the offline and held-out estimates: the optimal ratio for bc (the paper's), else pi / mu."""
         if self.settings.extraction == "bc":
-            scores = scalarise(batch.win_rates, self.duals)
-            return importance_ratio(scores, self.settings.tau, batch.mask, self.settings.normalize)
+            return optimal_ratio(self.settings, batch, self.duals, batch.mask & batch.from_data)
         return (batch.policy_logps.detach() - batch.behaviour_logps).double().clamp(-30, 30).exp()
 
     def estimate(self, batch: LogpBatch, units: Tensor | None = None) -> Estimate:
@@ -208,10 +220,9 @@ class Lagrangian:
 
     def observe(self, estimate: Estimate, record_only: bool = False) -> None:
         """Move the multipliers by what was measured. `record_only` keeps them and notes the numbers."""
-        s, settings = self.state, self.settings
-        s.win_rates, s.lower = estimate.win_rates.tolist(), estimate.lower.tolist()
-        s.chi, s.epsilon, s.n_eff = estimate.chi.tolist(), estimate.epsilon, estimate.n_eff
-        if record_only or not s.duals:
+        settings = self.settings
+        self.note(estimate)
+        if record_only or not self.state.duals:
             return
         sigma = settings.sigma if settings.multipliers == "barrier" else 0.0
         if estimate.sensitivity is not None:
@@ -219,9 +230,20 @@ class Lagrangian:
             duals = dual_newton_step(self.duals, estimate.lower, self.thresholds, estimate.sensitivity, gain, sigma)
         else:
             duals = dual_step(self.duals, estimate.lower, self.thresholds, settings.dual_rate, sigma)
-        s.duals = duals.clamp(max=settings.max_dual).tolist()
+        self.move(duals, estimate.lower)
+
+    def note(self, estimate: Estimate) -> None:
+        """Keep the numbers."""
+        s = self.state
+        s.win_rates, s.lower = estimate.win_rates.tolist(), estimate.lower.tolist()
+        s.chi, s.epsilon, s.n_eff = estimate.chi.tolist(), estimate.epsilon, estimate.n_eff
+
+    def move(self, duals: Tensor, lower: Tensor) -> None:
+        """The multipliers to these, within their bound; a constraint that they cannot hold there is counted."""
+        s, most = self.state, self.settings.max_dual
+        s.duals = duals.clamp(max=most).tolist()
         s.corrections += 1
-        stuck = (duals >= settings.max_dual) & (estimate.lower < self.thresholds)
+        stuck = (duals >= most) & (lower < self.thresholds)
         s.stuck = s.stuck + 1 if bool(stuck.any()) else 0
 
     def _gain(self, estimate: Estimate) -> float:

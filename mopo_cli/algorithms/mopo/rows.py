@@ -4,6 +4,7 @@ references."""
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -87,6 +88,14 @@ class TrainRows:
             mask=tokens.slot >= 0,
             from_data=slots[None, :] < torch.tensor(counts, device=device)[:, None],
         )
+
+    def of_data(self, rows: Sequence[int]) -> LogpBatch:
+        """The data's responses to these rows with all that is known without asking the policy, in float64."""
+        cpu = torch.device("cpu")
+        reference, behaviour = ([table[i].double() for i in rows] for table in (self.reference, self.behaviour))
+        mask = padded([torch.ones(len(values), dtype=torch.bool) for values in behaviour], cpu)
+        logps, win_rates = padded(behaviour, cpu), padded([self.judged.win_rates[i].double() for i in rows], cpu)
+        return LogpBatch(torch.full_like(logps, math.nan), padded(reference, cpu), logps, win_rates, mask, mask)
 
     # ------------------------------------------------------------------ what changes on the way
 
