@@ -84,7 +84,7 @@ def prompts_of(file: str) -> list[Text]:
     """One prompt a line of a text file; of a file that data sets come in, the prompt of each row, read as theirs."""
     path = Path(file).expanduser()
     if path.name.endswith(SUFFIXES) and path.is_file():
-        prompts = [prompt_in(row, where) for where, row in read_rows(str(path))]
+        prompts: list[Text] = [prompt_in(row, where) for where, row in read_rows(str(path))]
     else:
         try:
             lines = path.read_text(encoding="utf-8-sig").split("\n")

@@ -251,7 +251,7 @@ def typed(config: DictConfig, schema: type, prefix: str = "") -> Any:
         raise UserError(f"{prefix}{key}: {str(error).splitlines()[0]}") from error
 
 
-def _check_truths(given: Mapping[str, Any], merged: Any, prefix: str) -> None:
+def _check_truths(given: Mapping[Any, Any], merged: Any, prefix: str) -> None:
     """UserError where a number but 0 and 1 stands for true or false: OmegaConf takes any."""
     for key, value in given.items():
         inside = merged.get(key)

@@ -108,7 +108,8 @@ def pairs(
         for where, row in rows:
             try:
                 example = example_from_row(row, names, where, ties, chosen_means)
-                example = replace(example, group=_group_of(row, group, where)) if group else example
+                if group and not isinstance(row, RowError):
+                    example = replace(example, group=_group_of(row, group, where))
             except RowError as error:
                 if invalid == "error":
                     raise UserError(f"{error}. {DROPPABLE}") from None

@@ -181,7 +181,7 @@ def _implicit(row: dict[str, Any], where: str) -> tuple[Any, Any, Any]:
         return split_transcripts(chosen, rejected, where)
     if names := columns.asked_columns(row, where):
         prompt = columns.asked(row, names, where)
-        if all(isinstance(text, str) for text in (prompt, chosen)) and chosen.startswith(prompt):
+        if isinstance(prompt, str) and isinstance(chosen, str) and chosen.startswith(prompt):
             size = len(prompt) if rejected.startswith(prompt) else 0
             return prompt, chosen[size:], rejected[size:]
         return prompt, chosen, rejected

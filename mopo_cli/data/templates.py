@@ -44,7 +44,8 @@ def turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns:
         return plain
     lead = before[len(asked) :] if asked == closed and before.startswith(asked) else ""
     text, space = (lead, "") if lead.strip() else ("", "" if _puts_space(tokenizer) else lead)
-    begins = whole.startswith(tokenizer.bos_token or whole)
+    bos = tokenizer.bos_token
+    begins = not bos or whole.startswith(str(bos))
     return Turns(before.partition(ASKED)[2].strip(), text, space, _first_special(tokenizer, after), begins)
 
 
@@ -73,7 +74,8 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 def frame_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """The special tokens that stand around turns, as text: not those for what is unknown, masked or padding."""
-    others = {tokenizer.unk_token, getattr(tokenizer, "mask_token", None), tokenizer.pad_token} - {tokenizer.eos_token}
+    no_frame = (tokenizer.unk_token, getattr(tokenizer, "mask_token", None), tokenizer.pad_token)
+    others = [token for token in no_frame if token != tokenizer.eos_token]
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     names = dict.fromkeys((*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)))
     return tuple(name for name in names if name not in others and name.strip())
@@ -85,7 +87,7 @@ def _first_special(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     for token in tokenizer(text, add_special_tokens=False)["input_ids"]:  # type: ignore[union-attr]
         if token in special:
             return int(token)
-        if tokenizer.decode([token]).strip():
+        if str(tokenizer.decode([token])).strip():
             break
     return int(tokenizer.eos_token_id)  # type: ignore[arg-type]
 

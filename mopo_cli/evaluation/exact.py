@@ -123,5 +123,5 @@ def _named(names: Sequence[str], values: np.ndarray) -> dict[str, float]:
 def _conditional(logps: Sequence[torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
     """Log-probs (N, A) among the responses that are listed, and the probability (N,) of all of these."""
     values = torch.stack(list(logps)).double().numpy()
-    total = logsumexp(values, axis=1, keepdims=True)
+    total = np.asarray(logsumexp(values, axis=1, keepdims=True))
     return values - total, np.minimum(np.exp(total[:, 0]), 1.0)

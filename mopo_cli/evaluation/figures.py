@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import altair as alt
 
+from mopo_cli.maths.significance import UNKNOWN
 from mopo_cli.report.marks import layered, number, rows
 from mopo_cli.report.theme import BAD, COLOURS, INK, SHAPES, SOFT, STAR, below, drawing, one_line, save, spec_of
 
@@ -60,7 +61,7 @@ def _rates(name: str, first: bool, evaluated: Sequence[Evaluation]) -> alt.Layer
         for series, value, interval in (
             (DATA, r.win_rate, r.win_rate_ci95),
             (REFERENCE, r.reference_win_rate, r.reference_win_rate_ci95),
-            (EXACT, r.exact_win_rate, (r.exact_win_rate, r.exact_win_rate)),
+            (EXACT, r.exact_win_rate, UNKNOWN),
         )
         if value is not None and not math.isnan(value)
     ]

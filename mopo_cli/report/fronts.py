@@ -71,14 +71,13 @@ def _sentences(group: Group, links: bool, edged: bool) -> list[str]:
 def _pair(
     group: Group, across: int, up: int, ranges: Spans, edge: Edge, lines: Mapping[str, list[float]]
 ) -> alt.LayerChart:
-    spans = dict(zip(("x", "y"), ranges, strict=True))
-    x = number(alt.X, f"x{across}", marks.win_rate_title(group, across), spans["x"])
-    y = number(alt.Y, f"x{up}", marks.win_rate_title(group, up), spans["y"])
+    x = number(alt.X, f"x{across}", marks.win_rate_title(group, across), ranges[0])
+    y = number(alt.Y, f"x{up}", marks.win_rate_title(group, up), ranges[1])
     layers: list[alt.Chart] = []
-    for k, side in ((across, "x"), (up, "y")):
+    for k, side, (low, high) in ((across, "x", ranges[0]), (up, "y", ranges[1])):
         floor = marks.common_floor(group, group.names[k])
-        if floor is not None and floor > spans[side][0]:
-            layers.append(shade(**{side: spans[side][0], f"{side}2": min(floor, spans[side][1])}))
+        if floor is not None and floor > low:
+            layers.append(shade(**{side: low, f"{side}2": min(floor, high)}))
     for k, place in ((across, alt.XDatum), (up, alt.YDatum)):
         for b in marks.thresholds(group, group.names[k])[:6]:
             rule = rows({}).mark_rule(color=BAD, opacity=0.75)

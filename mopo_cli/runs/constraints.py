@@ -85,7 +85,7 @@ def asked_of(settings: Mapping[str, Any]) -> dict[str, float | None]:
 def known_oracle(summary: Mapping[str, Any]) -> dict[str, Any]:
     """The oracle of a summary.json, without an optimum where the thresholds have none; empty where nothing is exact."""
     oracle = dict(summary.get("oracle") or {})
-    return oracle if oracle.get("feasible", True) else oracle | dict.fromkeys(OF_OPTIMUM)
+    return oracle if oracle.get("feasible", True) else {**oracle, **dict.fromkeys(OF_OPTIMUM)}
 
 
 def out_of_reach(

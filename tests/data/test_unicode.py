@@ -136,5 +136,5 @@ def test_data_sets_are_split_whatever_their_prompts(tmp_path_factory: pytest.Tem
     write_lines(path, rows)
     node = {"_target_": "mopo_cli.data.corpora.pairs", "path": str(path), "test_fraction": 0.3, "heldout_fraction": 0.3}
     data = prepare.load(node, {"helpful": ObjectiveConfig(role="primary")})
-    found = {example.prompt for part in (data.train, data.heldout, data.test) for example in part}
+    found = {str(example.prompt) for part in (data.train, data.heldout, data.test) for example in part}
     assert found == {row["prompt"] for row in rows}

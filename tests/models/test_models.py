@@ -565,7 +565,7 @@ def logits_of_others(directory: Path) -> torch.Tensor:
     if not (directory / "adapter_config.json").is_file():
         return logits(AutoModelForCausalLM.from_pretrained(directory))
     base = PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
-    return logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(directory)))
+    return logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(str(base)), str(directory)))
 
 
 def logits(model: Any) -> torch.Tensor:

@@ -166,7 +166,9 @@ def code_of(mutant: Mutant) -> CodeType:
         def visit(self, node: ast.AST) -> ast.AST:
             return ast.copy_location(changed, node) if node is target else self.generic_visit(node)
 
-    return compile(ast.fix_missing_locations(Put().visit(tree)), str(mutant.path), "exec")
+    put = Put().visit(tree)
+    assert isinstance(put, ast.Module)
+    return compile(ast.fix_missing_locations(put), str(mutant.path), "exec")
 
 
 # --------------------------------------------------------------------------------------------- runs

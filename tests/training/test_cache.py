@@ -84,7 +84,7 @@ class TestKept:
 
     @pytest.mark.parametrize("root", [None, "cache"])
     def test_a_damaged_stage_of_the_run_itself(self, tmp_path: Path, root: str | None):
-        stage = Stage(root and tmp_path / root)
+        stage = Stage(tmp_path / root if root else None)
         stage.result(tmp_path / "run")
         flip(tmp_path / "run" / "weights")  # and of the cache, whose file it is
         assert stage.result(tmp_path / "run") == "fit 2"

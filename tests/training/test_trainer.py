@@ -57,7 +57,7 @@ def task_of(model: nn.Module, collate: Collator = PACKED, seen: list[list[int]] 
     return Task(lambda step: list(range(len(ROWS))), loss_of, weight_of, LENGTHS.__getitem__)
 
 
-def trained(steps: int = 2, **settings: int) -> tuple[list[Tensor], list[list[int]], list[float]]:
+def trained(steps: int = 2, **settings: Any) -> tuple[list[Tensor], list[list[int]], list[float]]:
     """Weights after some steps of plain SGD-like AdamW, the micro-batches, and the losses."""
     model = build(ARCHITECTURES["llama"])
     seen: list[list[int]] = []

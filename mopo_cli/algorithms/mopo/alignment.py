@@ -308,8 +308,8 @@ class Alignment(PrimalDual):
         initial, lagged = self.setting.initial, self.train_rows.lagged
         reference = before if lagged is initial else self.rollouts.reference(rows, lagged)
         mask = padded([torch.ones(len(row.responses), dtype=torch.bool) for row in rows], cpu)
-        logps = [padded(values, cpu) for values in (now, reference, before)]
-        batch = LogpBatch(*logps, padded(judged.win_rates[:count], cpu), mask, mask)
+        ours, theirs, drawn = (padded(values, cpu) for values in (now, reference, before))
+        batch = LogpBatch(ours, theirs, drawn, padded(judged.win_rates[:count], cpu), mask, mask)
         log_ratio = torch.cat(now).sub(torch.cat(before)).double()
         weights = log_ratio.clamp(-30, 30).exp()
         self.kl = float((weights / weights.mean() * log_ratio).mean())
