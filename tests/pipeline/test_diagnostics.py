@@ -264,7 +264,7 @@ class TestSigns:
 @pytest.mark.slow
 def test_an_infeasible_threshold_ends_the_run_and_keeps_its_model(run_here: Callable[..., Finished], here: Path):
     overrides = ("objectives.harmless.threshold=0.95", "steps=400", "onpolicy.every=2", "log_every=7")
-    done = run_here("train", *TINY, *overrides, "run.dir=run")
+    done = run_here("train", *TINY, *overrides, "evaluation.prompts=64", "run.dir=run")
     assert done.status == 0, done.err
     run = here / "run"
     status, summary = read_json(run / "status.json"), read_json(run / "summary.json")

@@ -159,7 +159,7 @@ class TestConsole:
         for stage in ("data and model", "reference (SFT)", "preference model", "alignment (mopo)", "evaluation"):
             assert re.search(rf"^{re.escape(stage)}: done in [\d.]+s$", done.out, re.MULTILINE)
         assert "\x1b" not in done.out + done.err
-        assert re.search(r"^harmless +secondary +0\.550 +0\.\d+ ± 0\.\d+ +(yes|no) +0\.\d+ +0\.\d+$", done.out, re.M)
+        assert re.search(r"^harmless +secondary +0\.550 +0\.\d+ +(yes|no)\? +0\.\d+ +0\.\d+$", done.out, re.M)
         assert "run directory  a [bracket]\n" in done.out
         assert re.search(r"^warning: the onpolicy estimate of R_j rests on 32 ", done.err, re.M)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from running import mopo, read_json
+from running import Finished, mopo, read_json
 
 from mopo_cli.base.errors import NotFiniteError
 from mopo_cli.config import compose
@@ -149,9 +150,9 @@ class TestCommand:
             (["betas=[1.5]"], "betas"),
         ],
     )
-    def test_bad_input(self, tmp_path: Path, overrides: list[str], said: str):
-        done = mopo("synthetic", *SMALL, "run.dir=out", *overrides, cwd=tmp_path)
+    def test_bad_input(self, here: Path, run_here: Callable[..., Finished], overrides: list[str], said: str):
+        done = run_here("synthetic", *SMALL, "run.dir=out", *overrides)
         assert done.status == 2
         assert said in done.err
         assert "Traceback" not in done.err
-        assert not (tmp_path / "out").exists()
+        assert not (here / "out").exists()

@@ -308,6 +308,7 @@ class TestWandb:
         }
         assert pictures == {"training", "win_rates"}
 
+    @pytest.mark.thorough
     def test_a_host_that_does_not_answer_is_followed_by_offline_and_resumes(self, tmp_path: Path, smoke: Path):
         lost = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "2"}
         arguments = ("train", *WANDB, "run.dir=run", "run.name=named")

@@ -347,7 +347,7 @@ class TestMixedPrecision:
         torch.testing.assert_close(ours, theirs, atol=2e-2, rtol=5e-2)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_compiled_model_gives_the_same_log_probs():
     try:
         compiled, plain = tiny(compile=True)
