@@ -79,4 +79,4 @@ audit: $(INSTALLED) ## look the pinned packages up in the advisory database (nee
 clean: ## remove .venv and build leftovers; outputs/ stays
 	rm -rf $(VENV) dist build *.egg-info .pytest_cache .ruff_cache
 
-.PHONY: help install train test test-quick torture mutants lint audit bench bench-small bench-commands quality baselines wheel lock clean
+.PHONY: help install smollm2 train test test-thorough test-quick torture mutants lint audit bench bench-small bench-commands quality baselines wheel lock clean
