@@ -240,6 +240,7 @@ class TestRuns:
             assert all(torch.equal(found[key], value) for key, value in expected.items())
             assert results(mapl)[1] == results(dpo)[1]
 
+    @pytest.mark.thorough
     def test_a_killed_run_goes_on_as_if_it_had_not_been(self, run_here: Run, place: Path):
         """Also one that fits a preference model with instructions, which does not judge."""
         settings = ("algorithm=mapl", "algorithm.preference_model={intra: 1, inter: 1}", f"cache={place / 'cache'}")

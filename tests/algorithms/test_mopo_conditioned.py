@@ -108,6 +108,7 @@ class TestTraining:
         assert done.status == 2
         assert "algorithm.levels: a grid of 5 thresholds" in done.err
 
+    @pytest.mark.thorough
     def test_a_killed_run_goes_on_to_the_same_end(self, run_here: Run, here: Path):
         assert run_here("train", *ARGUMENTS, "cache=null", "run.dir=whole").status == 0
         arguments = ("train", *ARGUMENTS, "cache=null", "run.dir=killed")

@@ -247,6 +247,7 @@ class TestCommand:
             assert text in done.out
         assert not (here / "plan" / "summary.json").exists()
 
+    @pytest.mark.thorough
     def test_what_it_fitted_is_there_for_the_training(self, planned: tuple[Path, Finished]):
         from running import mopo
 
