@@ -159,3 +159,12 @@ def count_reason(counts: dict[str, int], what: str) -> None:
     if what not in counts and len(counts) >= MOST_REASONS:
         what = "others"
     counts[what] = counts.get(what, 0) + 1
+
+
+def group_of(row: Mapping[str, Any], column: str, where: str) -> str:
+    """The row's group as text; RowError where it has none."""
+    value = row.get(column)
+    if value is None or isinstance(value, dict | list) or value == "":
+        why = f"dataset.group={column}: the row has no text or number there; it has "
+        raise RowError(where, why, Shown(", ".join(row)))
+    return str(value)

@@ -10,12 +10,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
-from mopo_cli.base.errors import RowError, Shown, UserError
+from mopo_cli.base.errors import RowError, UserError
 from mopo_cli.base.types import Corpus, Example, Message, Text
 from mopo_cli.data.columns import UNREAD, Unread, count_reason
 from mopo_cli.data.readers import (
@@ -76,13 +75,7 @@ def pairs(
     Raises UserError where `path` is missing, where nothing says what `chosen` means, and during iteration for a row
     that breaks the contract; invalid="drop" leaves such rows out and counts them in Corpus.provenance["skipped"].
     """
-    if invalid not in ("error", "drop"):
-        raise UserError(f"dataset.invalid={invalid}: must be error or drop")
-    if path is None:
-        raise UserError(
-            "dataset.path is missing: set dataset.path=<file> to a .jsonl or .parquet file (or a directory, or a hub "
-            "id) with your preference rows"
-        )
+    path = _checked_path(path, invalid)
     samples = None if max_rows is None else (Reservoir[LocatedRow](max_rows), Reservoir[LocatedRow](max_rows))
     read = read_rows_or_errors if invalid == "drop" else read_whole_rows
     train, test = _train_and_test(path, "test", "validation", samples=samples, read=read)
@@ -93,9 +86,7 @@ def pairs(
     carried = tuple(objectives) if objectives else _carried_objectives(path, chosen_means, taken, read)
     names = tuple(name for name in carried if name != group)
     ties = _checked_margins(margins or {}, names)
-    if chosen_means is not None and chosen_means not in names:
-        allowed = ", ".join(names)
-        raise UserError(f"dataset.chosen_means={chosen_means}: is not among dataset.objectives; allowed: {allowed}")
+    _check_chosen(chosen_means, names)
     if test_path is not None:
         test = read(test_path, sample=samples and samples[1])
     if samples is not None and test is not None:
@@ -107,9 +98,7 @@ def pairs(
     def examples(rows: RowsOrErrors) -> Iterator[Example]:
         for where, row in rows:
             try:
-                example = example_from_row(row, names, where, ties, chosen_means)
-                if group and not isinstance(row, RowError):
-                    example = replace(example, group=_group_of(row, group, where))
+                example = example_from_row(row, names, where, ties, chosen_means, group)
             except RowError as error:
                 if invalid == "error":
                     raise UserError(f"{error}. {DROPPABLE}") from None
@@ -125,14 +114,21 @@ def pairs(
     return Corpus(names, examples(train), tested, {**about, **notes, "skipped": skipped, UNREAD: unread.names})
 
 
-def _group_of(row: Row, column: str, where: str) -> str:
-    """The row's group as text; UserError where it has none."""
-    value = row.get(column)
-    if value is None or isinstance(value, dict | list) or value == "":
-        found = ", ".join(row)
-        why = f"dataset.group={column}: the row has no text or number there; it has "
-        raise RowError(where, why, Shown(found))
-    return str(value)
+def _checked_path(path: str | None, invalid: str) -> str:
+    if invalid not in ("error", "drop"):
+        raise UserError(f"dataset.invalid={invalid}: must be error or drop")
+    if path is None:
+        raise UserError(
+            "dataset.path is missing: set dataset.path=<file> to a .jsonl or .parquet file (or a directory, or a hub "
+            "id) with your preference rows"
+        )
+    return path
+
+
+def _check_chosen(chosen_means: str | None, names: Sequence[str]) -> None:
+    if chosen_means is not None and chosen_means not in names:
+        allowed = ", ".join(names)
+        raise UserError(f"dataset.chosen_means={chosen_means}: is not among dataset.objectives; allowed: {allowed}")
 
 
 def _declared(rows: RowsOrErrors) -> RowsOrErrors:

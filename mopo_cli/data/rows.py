@@ -35,7 +35,12 @@ _NOT_OBJECTIVES = {
 
 
 def example_from_row(
-    row: Any, objectives: Sequence[str], where: str, margins: Mapping[str, float], chosen_means: str | None = None
+    row: Any,
+    objectives: Sequence[str],
+    where: str,
+    margins: Mapping[str, float],
+    chosen_means: str | None = None,
+    group: str | None = None,
 ) -> Example:
     """Check one row and make its Example.
 
@@ -45,6 +50,7 @@ def example_from_row(
     every objective that judged them, since P(y > y) = 1/2 whatever a noisy judge said.
 
     `chosen_means` names the objective under which `chosen` beats `rejected`; a column of that name wins over it.
+    `group` names the column that says which rows are about the same thing.
 
     Raises UserError, starting with `where`, where the row breaks the contract.
     """
@@ -64,7 +70,8 @@ def example_from_row(
         judged = _list_labels(row, len(responses), objectives, where, margins)
     pairs = tuple(sorted(set[tuple[int, int]]().union(*judged)))
     labels = tuple(tuple(_label(of, pair, responses) for of in judged) for pair in pairs)
-    return Example(prompt, responses, pairs, labels, context=_context(row, where), source=where)
+    about = columns.group_of(row, group, where) if group else ""
+    return Example(prompt, responses, pairs, labels, context=_context(row, where), group=about, source=where)
 
 
 def is_pair_row(row: Any) -> bool:

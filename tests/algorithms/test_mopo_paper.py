@@ -170,7 +170,7 @@ def test_every_step_is_the_quotations(t0: float, thresholds: tuple[float | None,
         state = stage.points[0].state
         np.testing.assert_allclose(state.chi, expected.chi, rtol=1e-11)
         np.testing.assert_allclose(state.duals, expected.duals, rtol=1e-10, atol=1e-13)
-        np.testing.assert_allclose(state.lower, expected.bounds[-1], rtol=1e-10)
+        np.testing.assert_allclose(list(state.lower or []), expected.bounds[-1], rtol=1e-10)
         np.testing.assert_allclose(list(state.thresholds or []), b, rtol=1e-10)
         for i in batch_of(step):
             np.testing.assert_allclose(stage.train_rows.reference[i], reference[expected.rows[i]], rtol=1e-10)
