@@ -90,11 +90,33 @@ def _check_value(value: Any, hint: Any, key: str) -> None:
     words = [bound.be for bound in bounds]
     if len(plain) == len(kinds) - (NoneType in kinds) and not any(_is(value, kind) for kind in plain):
         words = [PLAIN[plain[0]], *(text.removeprefix(f"{PLAIN[plain[0]]}, ") for text in words)]
-    elif all(bound.holds(value) for bound in bounds):
+    elif stray := [text for kind in kinds if (text := _stray(value, kind))]:
+        words = stray
+    elif all(_holds(bound, value) for bound in bounds):
         return
     if NoneType in kinds and not words[-1].endswith("null"):
         words.append("or null")
     raise UserError(f"{key}={value}: must be {', '.join(words)}")
+
+
+def _stray(value: Any, kind: Any) -> str:
+    """What every element of a list must be, where one is something else: OmegaConf takes a list in a list of words."""
+    if get_origin(kind) is not list or not isinstance(value, list):
+        return ""
+    element = get_args(kind)[0]
+    allowed = get_args(element) if get_origin(element) in (Union, UnionType) else (element,)
+    plain = [each for each in allowed if each in PLAIN]
+    if len(plain) + (NoneType in allowed) < len(allowed):
+        return ""
+    fits = all((item is None and NoneType in allowed) or any(_is(item, each) for each in plain) for item in value)
+    return "" if fits else f"a list, {PLAIN[plain[0]]} each"
+
+
+def _holds(bound: Must, value: Any) -> bool:
+    try:
+        return bound.holds(value)
+    except TypeError:  # of another kind than the bound is for
+        return False
 
 
 def _is(value: Any, kind: type) -> bool:

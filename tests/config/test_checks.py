@@ -27,6 +27,7 @@ class Settings:
     fused: bool = True
     betas: Annotated[list[float], each(between(0, 1, "]"))] = field(default_factory=list)
     epsilon: Annotated[Any, Must("a number or auto", lambda value: value == "auto" or value >= 0)] = "auto"
+    tags: list[str] | None = None
     names: tuple[str, ...] = ()
     inside: Inside = field(default_factory=Inside)
     several: dict[str, Inside] = field(default_factory=dict)
@@ -52,6 +53,10 @@ class Settings:
         ({"bits": "8bit"}, "bits=8bit: must be 4bit or null"),
         ({"fused": 1}, "fused=1: must be true or false"),
         ({"betas": [0.5, 1.5]}, "betas=[0.5, 1.5]: must be in (0, 1] each"),
+        ({"betas": [0.5, [0.5]]}, "betas=[0.5, [0.5]]: must be a list, a number each"),
+        ({"betas": [None]}, "betas=[None]: must be a list, a number each"),
+        ({"tags": ["a", {"b": 1}]}, "tags=['a', {'b': 1}]: must be a list, a string each, or null"),
+        ({"epsilon": [1]}, "epsilon=[1]: must be a number or auto"),
         ({"epsilon": -1}, "epsilon=-1: must be a number or auto"),
         ({"inside": Inside(1.0)}, "inside.share=1.0: must be in [0, 1)"),
         ({"several": {"a": Inside(), "b": Inside(-0.1)}}, "several.b.share=-0.1: must be in [0, 1)"),
