@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from io import StringIO
 from typing import TextIO
+from unicodedata import category
 
 from rich import progress as bars
 from rich.console import Console, RenderableType
@@ -140,10 +141,17 @@ def _shown(name: str, total: int, start: int, brief: bool) -> Iterator[Progress]
             _write(f"{name}: done in {time.monotonic() - running.started:.1f}s")
 
 
+def printable(text: str) -> str:
+    """For a terminal, the text without control characters, which could write anything on it; else as it is."""
+    if not console.is_terminal:
+        return text
+    return "".join(c for c in text if c in "\n\t" or category(c) != "Cc")
+
+
 def say(text: str) -> None:
     """One line, as it is: a path is not wrapped, and brackets stay."""
     if is_main() and console.is_interactive:
-        console.print(text, markup=False, soft_wrap=True)
+        console.print(printable(text), markup=False, soft_wrap=True)
     elif is_main():
         _write(text)
 
@@ -169,7 +177,7 @@ def warn(text: str) -> None:
     """A warning, wrapped beside its heading in a terminal; a line of standard error elsewhere."""
     if is_main() and console.is_interactive:
         grid = Table.grid(padding=(0, 1))
-        grid.add_row(Text("warning", style="bold yellow"), Text(text))
+        grid.add_row(Text("warning", style="bold yellow"), Text(printable(text)))
         console.print(grid)
     elif is_main():
         _write(f"warning: {text}", sys.stderr)

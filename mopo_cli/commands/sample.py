@@ -5,12 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from unicodedata import category
 
 import numpy as np
 from omegaconf import DictConfig
 
-from mopo_cli.base.console import console, say, warn
+from mopo_cli.base.console import say, warn
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.text import is_unicode
 from mopo_cli.base.types import Corpus, Example, Text
@@ -55,13 +54,13 @@ def command(composed: DictConfig, prompt: str | None = None) -> int:
         say(f"told: {condition}")
     for i, text in enumerate(prompts):
         if len(prompts) > 1:
-            say(("" if i == 0 else "\n") + f"> {printable(as_text(text))}")
+            say(("" if i == 0 else "\n") + f"> {as_text(text)}")
         for m, response in enumerate(responses.texts[i]):
             mark = f"[{m + 1}]  " if settings.n > 1 else ""
             line = mark + "  ".join(f"{name} {of_prompts[i][m]:.2f}" for name, of_prompts in rates.items())
             if line:
                 say(line.rstrip())
-            say(printable(response))
+            say(response)
     return 0
 
 
@@ -171,10 +170,3 @@ def judged(
     if rates:
         say(f"win rates against {settings.compare} samples of the reference, by the run's own judges")
     return rates
-
-
-def printable(text: str) -> str:
-    """For a terminal, the text without control characters, which could write anything on it; else as it is."""
-    if not console.is_terminal:
-        return text
-    return "".join(c for c in text if c in "\n\t" or category(c) != "Cc")

@@ -15,10 +15,11 @@ import yaml
 from running import TINY, Finished, read_json
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mopo_cli.base import console
+from mopo_cli.base.console import printable
 from mopo_cli.base.errors import UserError
-from mopo_cli.commands import sample
 from mopo_cli.commands.export import check_target
-from mopo_cli.commands.sample import printable, prompts_of
+from mopo_cli.commands.sample import prompts_of
 from mopo_cli.evaluation.card import model_card
 from mopo_cli.evaluation.prompts import in_form_of, known_example
 from mopo_cli.runs.directory import RunDirectory
@@ -58,7 +59,7 @@ class TestPromptForm:
 def test_control_characters_are_not_printed_on_a_terminal(monkeypatch: pytest.MonkeyPatch):
     text = "a\x1b[31mb\x07\n\tc é 日本\xa0\u3000👩\u200d👧\x85\r"
     assert printable(text) == text
-    monkeypatch.setattr(type(sample.console), "is_terminal", True)
+    monkeypatch.setattr(type(console.console), "is_terminal", True)
     assert printable(text) == "a[31mb\n\tc é 日本\xa0\u3000👩\u200d👧"
 
 
