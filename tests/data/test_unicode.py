@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mopo_cli.base.console import printable
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.files import read_lines
 from mopo_cli.base.types import Example
-from mopo_cli.commands.sample import printable, prompts_of
+from mopo_cli.commands.sample import prompts_of
 from mopo_cli.config.schema import ObjectiveConfig, TokenizerConfig
 from mopo_cli.data import corpora, prepare
 from mopo_cli.data.encoder import Encoder
