@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 from evaluations import evaluation
-from running import TINY, Finished, read_json, read_metrics
+from running import SMALL, TINY, Finished, read_json, read_metrics
 
 from mopo_cli.algorithms.contract import Aligned
 from mopo_cli.base.types import Objective
@@ -287,3 +288,23 @@ def test_an_infeasible_threshold_ends_the_run_and_keeps_its_model(run_here: Call
     assert f"warning: {expected}" in done.err
     assert "warning: objectives.harmless.threshold=0.95 looks out of reach" in done.err
     assert (run / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_training_on_thirty_rows_decides_nothing(run_here: Callable[..., Finished], here: Path):
+    """Its one or two test prompts once gave an interval of no width, and a verdict with confidence."""
+    rows = [{"prompt": f"say {i}", "chosen": f"yes {i}", "rejected": f"no, not {i}, never"} for i in range(30)]
+    (here / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ("dataset=pairs", "dataset.path=few.jsonl", "dataset.chosen_means=human", "objectives=human_concise")
+    small = (override for override in SMALL if not override.startswith("dataset."))
+    done = run_here("train", *small, *data, "objectives.concise.threshold=0.6", "run.dir=run")
+    assert done.status == 0, done.err
+    summary = read_json(here / "run" / "summary.json")
+    concise = summary["objectives"]["concise"]
+    assert (concise["win_rate_ci95"], concise["satisfied_with_confidence"]) == ([None, None], "undecided")
+    assert summary["evaluation"]["independent_prompts"] < 30
+    assert "too few for an interval" in done.err
+    again = run_here("eval", "run=run")
+    assert again.status == 0, again.err
+    later = read_json(here / "run" / "evaluation.json")["objectives"]["concise"]
+    assert later["satisfied_with_confidence"] == "undecided"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,3 +44,22 @@ def test_a_finished_run_is_reported_sampled_evaluated_and_exported(runs: Path, r
         assert done.status == 0, (command, done.err)
     assert (run / "report.html").is_file()
     assert (runs / "shared" / "README.md").is_file()
+
+
+def test_names_and_prompts_of_any_letters_come_through_sample_eval_report_and_export(runs: Path, run_here: Run):
+    run, shared = runs / "é 日本 👩\u200d👧 [1]", runs / "out ü=1"
+    (runs / "finished").rename(run)
+    prompt = "Wie geht\u2019s\u2028dir, 日本? {{ x }} </script>"
+    said = run_here("sample", f"run={run}", f"prompt={prompt}", "sampling.max_new_tokens=4")
+    assert said.status == 0, said.err
+    (runs / "asked.jsonl").write_text(json.dumps({"prompt": prompt}) + "\n", encoding="utf-8")
+    for command in (
+        ("sample", f"run={run}", f"prompts={runs / 'asked.jsonl'}", "sampling.max_new_tokens=4"),
+        ("report", f"run={run}"),
+        ("export", f"run={run}", f"to={shared}"),
+    ):
+        done = run_here(*command)
+        assert done.status == 0, (command, done.err)
+    assert (run / "report.html").read_text(encoding="utf-8").count("日本")
+    for name in ("config.json", "tokenizer.json"):
+        assert (shared / name).read_bytes() == (run / "model" / name).read_bytes()
