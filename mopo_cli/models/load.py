@@ -41,7 +41,7 @@ from mopo_cli.models.hub import (
     weight_arguments,
     with_key,
 )
-from mopo_cli.models.parts import ADAPTER, backbone_of, compute_in, lora_of, unwrap
+from mopo_cli.models.parts import ADAPTER, backbone_of, check_complete, compute_in, lora_of, unwrap
 
 NOT_PLAIN = (  # of a LoRA's config: what has more than a sum of two factors
     *("use_dora", "modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters", "lora_bias"),
@@ -186,10 +186,7 @@ def _pretrained_model(config: ModelConfig, built: PreTrainedConfig) -> PreTraine
         )
     except Exception as error:
         raise UserError(cannot_load("model", config, error)) from error
-    missing = sorted(report["missing_keys"])
-    if missing:  # transformers would draw these at random and go on
-        shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
-        raise UserError(f"model.path={config.path}: {len(missing)} weights are not in its files: {shown}")
+    check_complete(report["missing_keys"], f"model.path={config.path}")
     return model
 
 

@@ -6,7 +6,7 @@ model's dtype: of a large batch the logits are never held as a whole, neither fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -247,6 +247,11 @@ def all_logps(model: nn.Module, rows: Sequence[TokenRow], collate: Collator) -> 
     model.train(training)
     found = iter(out)
     return [torch.cat([next(found) for _ in row]) for row in split]  # type: ignore[misc]
+
+
+def all_finite(logps: Iterable[Tensor]) -> bool:
+    """Whether no log-prob of some rows is NaN or infinite."""
+    return all(bool(torch.isfinite(of_row).all()) for of_row in logps)
 
 
 def _shorter(row: TokenRow) -> list[TokenRow]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+from mopo_cli.base.errors import NotFiniteError, UserError
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -68,6 +71,20 @@ def backbone_of(model: nn.Module) -> nn.Module | None:
         base = model.base_model
         return base if base is not model else None
     return None
+
+
+def check_weights_finite(model: nn.Module, directory: Path) -> None:
+    """NotFiniteError where weights that are to be written to `directory` are NaN or infinite."""
+    if (name := not_finite(model)) is not None:
+        raise NotFiniteError(f"{directory}: not written, since weights are not finite ({name})")
+
+
+def check_complete(missing: Iterable[str], what: str, files: str = "its files") -> None:
+    """UserError where weights are not in a model's files: transformers would draw these at random and go on."""
+    names = sorted(missing)
+    if names:
+        shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        raise UserError(f"{what}: {len(names)} weights are not in {files}: {shown}")
 
 
 ADAPTER = "default"  # what PEFT calls a model's only adapter

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from mopo_cli.base.errors import NotFiniteError, UserError
+from mopo_cli.base.errors import NotFiniteError
 from mopo_cli.base.files import whole
 from mopo_cli.config.schema import ModelConfig, SamplingConfig
 from mopo_cli.data.batches import Collator
@@ -29,8 +29,8 @@ from mopo_cli.models import sampling
 from mopo_cli.models.attention import attend_by_rows
 from mopo_cli.models.hub import check_adapter, check_weights
 from mopo_cli.models.load import ends_of, load_policy
-from mopo_cli.models.logprobs import all_logps, collator_of
-from mopo_cli.models.parts import ADAPTER, inner, lora_of, not_finite
+from mopo_cli.models.logprobs import all_finite, all_logps, collator_of
+from mopo_cli.models.parts import ADAPTER, check_complete, check_weights_finite, inner, lora_of, not_finite
 
 ADAPTER_FILE = "adapter_model.safetensors"
 LONG = 128  # tokens of a row, on average, from which attention to each apart beats padding; not on a GPU
@@ -116,8 +116,7 @@ class Policy:
         Whole or absent. Raises NotFiniteError where weights are NaN or infinite.
         """
         model = inner(self.model)
-        if (name := not_finite(model)) is not None:
-            raise NotFiniteError(f"{directory}: not written, since weights are not finite ({name})")
+        check_weights_finite(model, directory)
         cache = model.config.use_cache
         model.config.use_cache = True
         with whole(directory) as place:
@@ -128,10 +127,8 @@ class Policy:
     def check_finite(self, rows: Sequence[TokenRow], stage: str, key: str) -> None:
         """NotFiniteError where weights, or log-probs of some rows, are NaN or infinite: the stage that trained it, and
         the setting to lower."""
-        if not_finite(self.model) is None:
-            logps = self.logps(rows[:LOOKED_AT])
-            if all(bool(torch.isfinite(of_row).all()) for of_row in logps):
-                return
+        if not_finite(self.model) is None and all_finite(self.logps(rows[:LOOKED_AT])):
+            return
         raise NotFiniteError(f"{stage}: the model that it left gives no finite log-probs; lower {key}")
 
     @torch.no_grad()
@@ -180,9 +177,7 @@ def saved_weights(model: nn.Module, directory: Path) -> dict[str, Tensor]:
         use_safetensors=True,
         local_files_only=True,
     )
-    if report["missing_keys"]:  # transformers would draw these at random and go on
-        shown = ", ".join(sorted(report["missing_keys"])[:3])
-        raise UserError(f"{directory}: {len(report['missing_keys'])} weights are not in its files: {shown}")
+    check_complete(report["missing_keys"], str(directory))
     return whole.state_dict()
 
 

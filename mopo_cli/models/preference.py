@@ -15,12 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mopo_cli.base.errors import NotFiniteError
 from mopo_cli.base.files import whole
 from mopo_cli.data.batches import Collator, TokenBatch
 from mopo_cli.data.table import TokenRow
 from mopo_cli.models.logprobs import budget_batches, hidden_states
-from mopo_cli.models.parts import backbone_of, not_finite, unwrap
+from mopo_cli.models.parts import backbone_of, check_weights_finite, unwrap
 
 
 class PreferenceModel(nn.Module):
@@ -86,8 +85,7 @@ def save_preference_model(
     model: PreferenceModel, directory: Path, names: Sequence[str], heldout_accuracy: Sequence[float]
 ) -> None:
     """Weights and a record of what they are, whole or absent; NotFiniteError where weights are NaN or infinite."""
-    if (name := not_finite(model)) is not None:
-        raise NotFiniteError(f"{directory}: not written, since weights are not finite ({name})")
+    check_weights_finite(model, directory)
     weights = {k: v.contiguous().cpu() for k, v in model.state_dict().items()}
     record = {
         "objectives": list(names),

@@ -29,6 +29,7 @@ from mopo_cli.base.text import first_line
 from mopo_cli.base.types import Example
 from mopo_cli.data.encoder import Encoder
 from mopo_cli.data.table import TokenRow, TokenTable
+from mopo_cli.models.logprobs import all_finite
 from mopo_cli.models.policy import Policy
 
 T = TypeVar("T")
@@ -45,7 +46,7 @@ def kept_logps(
 
     def fit() -> list[Tensor]:
         logps = policy.logps(rows)
-        if not all(bool(torch.isfinite(of_row).all()) for of_row in logps):
+        if not all_finite(logps):
             raise NotFiniteError(
                 "log-probs of the data's responses are not finite under the model as it is: its weights are out of "
                 "bounds (lower the learning rate that they were trained with), or model.dtype is too narrow for them"
